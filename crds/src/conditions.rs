@@ -1,0 +1,150 @@
+//! Condition types and reasons of Mayfly's resources, and how conditions are merged without needless writes.
+//!
+//! Conditions describe state, not phase (Kubernetes API conventions, "Typical status properties").
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+
+/// The pool can run jobs.
+pub const READY: &str = "Ready";
+/// The forge answered the last time it was asked, and the pool's token is good for what the pool needs.
+pub const FORGE_REACHABLE: &str = "ForgeReachable";
+/// Runner pods run in a user namespace of their own.
+pub const USER_NAMESPACES: &str = "UserNamespaces";
+/// Another pool accepts jobs that this pool accepts as well.
+pub const OVERLAPPING: &str = "Overlapping";
+
+/// Reasons, each used with one or more of the condition types.
+pub mod reasons {
+    /// All is as it should be.
+    pub const OK: &str = "AsExpected";
+    /// The object cannot be understood or breaks a rule; the message says which.
+    pub const INVALID: &str = "InvalidSpec";
+    /// The Secret or the key in it that the pool names does not exist in the operator's namespace.
+    pub const SECRET_NOT_FOUND: &str = "SecretNotFound";
+    /// The forge cannot be reached.
+    pub const UNREACHABLE: &str = "Unreachable";
+    /// The forge refuses the pool's token, or the token lacks a permission.
+    pub const UNAUTHORIZED: &str = "Unauthorized";
+    /// The organization or repository does not exist, or the token may not see it.
+    pub const SCOPE_NOT_FOUND: &str = "ScopeNotFound";
+    /// The forge answered something that Mayfly does not understand.
+    pub const UNEXPECTED_ANSWER: &str = "UnexpectedAnswer";
+    /// Pods could not be started; the message says why.
+    pub const PODS_FAIL: &str = "PodsFail";
+    /// Some schedulable node cannot run pods in user namespaces.
+    pub const NODES_LACK_SUPPORT: &str = "NodesLackSupport";
+    /// Older pools are served first.
+    pub const OLDER_POOL_FIRST: &str = "OlderPoolFirst";
+    /// No other pool takes the same jobs.
+    pub const NO_OVERLAP: &str = "NoOverlap";
+}
+
+/// A condition without its time: what a decision says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// Condition type, one of the constants of this module.
+    pub type_: &'static str,
+    /// `True`, `False` or `Unknown`.
+    pub status: Status,
+    /// One of [`reasons`].
+    pub reason: &'static str,
+    /// For a person; says what to do where something is wrong.
+    pub message: String,
+}
+
+/// The status of a condition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// The state named by the type holds.
+    True,
+    /// It does not hold.
+    False,
+    /// It is not known.
+    Unknown,
+}
+
+impl Status {
+    /// As Kubernetes spells it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::True => "True",
+            Self::False => "False",
+            Self::Unknown => "Unknown",
+        }
+    }
+}
+
+impl Verdict {
+    /// A condition that holds.
+    pub fn yes(type_: &'static str, reason: &'static str, message: impl Into<String>) -> Self {
+        Self { type_, status: Status::True, reason, message: message.into() }
+    }
+
+    /// A condition that does not hold.
+    pub fn no(type_: &'static str, reason: &'static str, message: impl Into<String>) -> Self {
+        Self { type_, status: Status::False, reason, message: message.into() }
+    }
+
+    /// A condition of which nothing is known.
+    pub fn unknown(type_: &'static str, reason: &'static str, message: impl Into<String>) -> Self {
+        Self { type_, status: Status::Unknown, reason, message: message.into() }
+    }
+}
+
+/// The new list of conditions: `lastTransitionTime` changes only where the status does, so that an unchanged state compares
+/// equal and is not written again. Conditions nobody reported this time are dropped.
+pub fn merge(old: &[Condition], verdicts: &[Verdict], generation: Option<i64>, now: &Time) -> Vec<Condition> {
+    let mut merged: Vec<Condition> = verdicts
+        .iter()
+        .map(|verdict| {
+            let status = verdict.status.as_str();
+            let since = old.iter().find(|c| c.type_ == verdict.type_ && c.status == status);
+            Condition {
+                type_: verdict.type_.to_owned(),
+                status: status.to_owned(),
+                reason: verdict.reason.to_owned(),
+                message: truncate(&verdict.message, 1024),
+                observed_generation: generation,
+                last_transition_time: since.map_or_else(|| now.clone(), |c| c.last_transition_time.clone()),
+            }
+        })
+        .collect();
+    merged.sort_by(|a, b| a.type_.cmp(&b.type_));
+    merged
+}
+
+/// The first `max` bytes of `text`, cut at a character's edge.
+pub fn truncate(text: &str, max: usize) -> String {
+    if text.len() <= max {
+        return text.to_owned();
+    }
+    let mut end = max.saturating_sub('…'.len_utf8());
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    format!("{}…", &text[..end])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(seconds: i64) -> Time {
+        Time(k8s_openapi::jiff::Timestamp::from_second(seconds).expect("a time"))
+    }
+
+    #[test]
+    fn an_unchanged_verdict_keeps_its_time_and_a_changed_one_gets_a_new_one() {
+        let ready = [Verdict::yes(READY, reasons::OK, "fine")];
+        let first = merge(&[], &ready, Some(1), &at(1));
+        assert_eq!(first, merge(&first, &ready, Some(1), &at(2)));
+        let broken = merge(&first, &[Verdict::no(READY, reasons::PODS_FAIL, "bad image")], Some(1), &at(3));
+        assert_eq!(broken[0].last_transition_time, at(3));
+    }
+
+    #[test]
+    fn a_long_message_is_cut_at_a_character() {
+        let cut = truncate(&"ä".repeat(600), 1024);
+        assert!(cut.len() <= 1024 && cut.ends_with('…'));
+    }
+}

@@ -1,0 +1,428 @@
+//! `RunnerPool`: which forge, which jobs, and what a runner pod may do.
+// The KubeSchema derive copies each struct into a private scope, where its `pub` leads nowhere.
+#![allow(unreachable_pub)]
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::Toleration;
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// A RunnerPool runs the jobs of one forge scope, each in a locked-down pod of its own in the pool's namespace.
+#[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[kube(
+    group = "mayfly.dev",
+    version = "v1alpha1",
+    kind = "RunnerPool",
+    namespaced,
+    shortname = "rpool",
+    category = "mayfly",
+    status = "RunnerPoolStatus",
+    derive = "PartialEq",
+    doc = "A RunnerPool runs the jobs of one forge scope, each in a locked-down pod of its own in the pool's namespace.",
+    validation = Rule::new("size(self.metadata.name) <= 40 && !self.metadata.name.contains('.')")
+        .message("a RunnerPool's name has at most 40 characters and no dots: runner pods are named after it"),
+    printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type=='Ready')].status"),
+    printcolumn(name = "Queued", type_ = "integer", json_path = ".status.counts.queued",
+        description = "Jobs this pool accepts that wait for a runner"),
+    printcolumn(name = "Starting", type_ = "integer", json_path = ".status.counts.starting",
+        description = "Runner pods without a job yet"),
+    printcolumn(name = "Running", type_ = "integer", json_path = ".status.counts.running",
+        description = "Runner pods with a job"),
+    printcolumn(name = "Max", type_ = "integer", json_path = ".spec.scale.max"),
+    printcolumn(name = "Scope", type_ = "string", json_path = ".status.scope", priority = "1"),
+    printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type=='Ready')].reason", priority = "1"),
+    printcolumn(name = "Message", type_ = "string", json_path = ".status.conditions[?(@.type=='Ready')].message", priority = "1"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+)]
+#[serde(rename_all = "camelCase")]
+pub struct RunnerPoolSpec {
+    /// The forge whose jobs this pool runs.
+    pub forge: Forge,
+    /// How many runner pods there may be.
+    #[serde(default)]
+    pub scale: Scale,
+    /// Which jobs may have a runner of this pool. All that is set must hold.
+    #[serde(default)]
+    pub jobs: Jobs,
+    /// The container that runs the job.
+    #[serde(default)]
+    pub runner: Runner,
+    /// What a runner pod may reach.
+    #[serde(default)]
+    pub isolation: Isolation,
+    /// How long things may take.
+    #[serde(default)]
+    pub deadlines: Deadlines,
+}
+
+/// Exactly one member names the forge.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("has(self.gitea) != has(self.github)").message("name exactly one forge: gitea or github"))]
+#[x_kube(validation = Rule::new("!has(self.github)").message("forge.github is not served by this version of Mayfly: use forge.gitea"))]
+pub struct Forge {
+    /// A Gitea server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gitea: Option<Gitea>,
+    /// GitHub. Not served yet: the API server refuses it, so that nobody waits for runners that never come.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub github: Option<Github>,
+}
+
+/// A Gitea server (1.25 or later) and the part of it that this pool serves.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Gitea {
+    /// Base URL as runner pods reach it, for example `https://git.example.com`. Immutable: make a new pool instead.
+    #[schemars(length(max = 512), regex(pattern = r"^https?://[A-Za-z0-9.\[\]:-]+(/[A-Za-z0-9._~/-]*)?$"))]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("forge.gitea.url cannot be changed: make a new RunnerPool"))]
+    pub url: String,
+    /// Whose jobs are served.
+    pub scope: GiteaScope,
+    /// Where the operator finds the access token: a Secret in the operator's namespace, never in the pool's.
+    /// The token needs `write:organization` and `write:repository` (organization scope), `write:repository` (repository
+    /// scope) or `write:admin` and `write:repository` (instance scope).
+    pub token_secret_ref: SecretKeyRef,
+    /// Secret of the `workflow_job` webhook, in the operator's namespace. Without it the pool polls only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub webhook_secret_ref: Option<SecretKeyRef>,
+    /// Labels of this pool's runners: a job is served if all its `runs-on` labels are among them.
+    #[schemars(length(min = 1, max = 32), inner(length(max = 63), regex(pattern = r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")))]
+    pub labels: Vec<String>,
+}
+
+/// Exactly one member says how much of the Gitea server is served.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("[has(self.organization), has(self.repository), has(self.instance)].filter(x, x).size() == 1")
+    .message("name exactly one scope: organization, repository or instance"))]
+#[x_kube(validation = Rule::new("self == oldSelf").message("forge.gitea.scope cannot be changed: make a new RunnerPool"))]
+pub struct GiteaScope {
+    /// All repositories of this organization (or user).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 100), regex(pattern = r"^[A-Za-z0-9._-]+$"))]
+    pub organization: Option<String>,
+    /// One repository, as `owner/name`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 201), regex(pattern = r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$"))]
+    pub repository: Option<String>,
+    /// The whole server. Needs the token of a site administrator.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instance: Option<Instance>,
+}
+
+/// The whole server; has no settings.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+pub struct Instance {}
+
+/// GitHub. Not served yet.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Github {
+    /// URL of the enterprise, organization or repository.
+    #[serde(default)]
+    #[schemars(length(max = 512))]
+    pub url: String,
+}
+
+/// One key of a Secret in the operator's namespace.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[serde(rename_all = "camelCase")]
+pub struct SecretKeyRef {
+    /// Name of the Secret.
+    #[schemars(length(min = 1, max = 253), regex(pattern = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"))]
+    pub name: String,
+    /// Key in the Secret.
+    #[serde(default = "default_secret_key")]
+    #[schemars(length(min = 1, max = 253), regex(pattern = r"^[A-Za-z0-9._-]+$"))]
+    pub key: String,
+}
+
+fn default_secret_key() -> String {
+    "token".to_owned()
+}
+
+/// How many runner pods there may be.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("self.warm <= self.max").message("scale.warm cannot be more than scale.max"))]
+pub struct Scale {
+    /// Most runner pods at any moment, whatever they are doing.
+    #[serde(default = "default_max")]
+    #[schemars(range(min = 1, max = 1000))]
+    pub max: u32,
+    /// Pods kept waiting ahead of demand. They have no registration until a job needs one.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 100))]
+    pub warm: u32,
+}
+
+fn default_max() -> u32 {
+    10
+}
+
+impl Default for Scale {
+    fn default() -> Self {
+        Self { max: default_max(), warm: 0 }
+    }
+}
+
+/// Which jobs may have a runner of this pool.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Jobs {
+    /// Repositories as `owner/name`, with `*` and `?`. Empty: every repository of the scope.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 100), inner(length(min = 1, max = 201)))]
+    pub repositories: Vec<String>,
+    /// Workflow files such as `release.yml`, with `*` and `?`. Empty: every workflow.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 100), inner(length(min = 1, max = 255)))]
+    pub workflows: Vec<String>,
+    /// Events such as `push`. Empty: every event but `pull_request_target`, which runs with the base repository's secrets on
+    /// behalf of whoever opened the pull request and has to be named.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 50), inner(length(min = 1, max = 64), regex(pattern = r"^[a-z_]+$")))]
+    pub events: Vec<String>,
+    /// Jobs of pull requests from forks: anybody who may fork writes their code.
+    #[serde(default)]
+    pub forks: Forks,
+}
+
+/// What to do with jobs of pull requests from forks.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Forks {
+    /// They get no runner.
+    #[default]
+    Deny,
+    /// They are served as any other job.
+    Allow,
+}
+
+/// The container that runs the job: a list of what may be chosen, never a whole pod.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Runner {
+    /// Image with the forge's runner program. Default: the operator's `--runner-image`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 512), regex(pattern = r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$"))]
+    pub image: Option<String>,
+    /// `Always`, `IfNotPresent` (the default) or `Never`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_pull_policy: Option<ImagePullPolicy>,
+    /// Entry point; default is the image's. It waits for the registration at `$MAYFLY_REGISTRATION` (see docs/runner-images.md).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64), inner(length(max = 1024)))]
+    pub command: Vec<String>,
+    /// Environment of the runner, which every step of a job can read: no secrets here.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 100))]
+    pub env: Vec<EnvVar>,
+    /// Resources of the runner container. Limits for `cpu`, `memory` and `ephemeral-storage` always exist: what is not set
+    /// here is 2, 4Gi and 12Gi.
+    #[serde(default)]
+    pub resources: Resources,
+    /// Size of the job's home, which holds its workspace. Default 10Gi.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workspace: Option<Quantity>,
+    /// Nodes that runner pods may run on.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 32))]
+    pub node_selector: BTreeMap<String, String>,
+    /// Taints that runner pods tolerate.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 32))]
+    pub tolerations: Vec<Toleration>,
+    /// RuntimeClass of runner pods, for example one for virtual machines.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    pub runtime_class_name: Option<String>,
+}
+
+/// When the kubelet pulls an image.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ImagePullPolicy {
+    /// Before every start.
+    Always,
+    /// Where the node does not have it.
+    IfNotPresent,
+    /// Never: the image is on the node.
+    Never,
+}
+
+impl ImagePullPolicy {
+    /// As Kubernetes spells it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Always => "Always",
+            Self::IfNotPresent => "IfNotPresent",
+            Self::Never => "Never",
+        }
+    }
+}
+
+/// An environment variable with a value that is no secret.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct EnvVar {
+    /// Name of the variable.
+    #[schemars(length(min = 1, max = 128), regex(pattern = r"^[A-Za-z_][A-Za-z0-9_]*$"))]
+    #[x_kube(validation = Rule::new("!self.startsWith('MAYFLY_')").message("names that begin with MAYFLY_ are Mayfly's own"))]
+    pub name: String,
+    /// Its value.
+    #[serde(default)]
+    #[schemars(length(max = 4096))]
+    pub value: String,
+}
+
+/// Compute resources.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Resources {
+    /// What is kept free for the pod.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 16))]
+    pub requests: BTreeMap<String, Quantity>,
+    /// The most it may use.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 16))]
+    pub limits: BTreeMap<String, Quantity>,
+}
+
+/// What a runner pod may reach. DNS, the forge and the operator's gate are always reachable; nothing reaches the pod.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Isolation {
+    /// Connections out of the pod.
+    #[serde(default)]
+    pub egress: Egress,
+}
+
+/// Connections out of the pod.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Egress {
+    /// Public addresses on TCP 443 and 80. Private, link-local, metadata and cluster ranges stay closed.
+    #[serde(default)]
+    pub internet: bool,
+    /// Further destinations, for example a package mirror. A range that covers a metadata endpoint is refused.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 50))]
+    pub allow: Vec<EgressAllow>,
+}
+
+/// A destination.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct EgressAllow {
+    /// Address range, for example `203.0.113.0/24` or `2001:db8::/48`.
+    #[schemars(length(max = 43))]
+    #[x_kube(validation = Rule::new("isCIDR(self)").message("not an address range: write 203.0.113.7/32 or 2001:db8::/48"))]
+    pub cidr: String,
+    /// TCP ports. At least one.
+    #[schemars(length(min = 1, max = 32), inner(range(min = 1, max = 65535)))]
+    pub ports: Vec<u16>,
+}
+
+/// How long things may take, as `90s`, `10m` or `1h30m`.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Deadlines {
+    /// From the pod's creation until it waits for a job.
+    #[serde(default = "default_start")]
+    #[schemars(length(max = 16), regex(pattern = r"^([0-9]+(h|m|s))+$"))]
+    pub start: String,
+    /// From registration until the runner has a job.
+    #[serde(default = "default_idle")]
+    #[schemars(length(max = 16), regex(pattern = r"^([0-9]+(h|m|s))+$"))]
+    pub idle: String,
+    /// For the job itself.
+    #[serde(default = "default_job")]
+    #[schemars(length(max = 16), regex(pattern = r"^([0-9]+(h|m|s))+$"))]
+    pub job: String,
+}
+
+fn default_start() -> String {
+    "5m".to_owned()
+}
+
+fn default_idle() -> String {
+    "5m".to_owned()
+}
+
+fn default_job() -> String {
+    "6h".to_owned()
+}
+
+impl Default for Deadlines {
+    fn default() -> Self {
+        Self { start: default_start(), idle: default_idle(), job: default_job() }
+    }
+}
+
+/// What the operator last saw.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct RunnerPoolStatus {
+    /// Generation of the spec that the rest speaks of; set only after a pass without errors.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// `Ready`, `ForgeReachable`, `UserNamespaces`, `Overlapping`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
+    pub conditions: Vec<Condition>,
+    /// The forge and scope in one line.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub scope: String,
+    /// Numbers at the last pass.
+    #[serde(default)]
+    pub counts: Counts,
+    /// Up to ten jobs that wait, and why.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub waiting_jobs: Vec<WaitingJob>,
+    /// The last runner that ended other than by finishing its job.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_failure: Option<Failure>,
+}
+
+/// Numbers at the last pass.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct Counts {
+    /// Accepted jobs that wait for a runner.
+    pub queued: u32,
+    /// Runner pods without a job yet.
+    pub starting: u32,
+    /// Runner pods with a job.
+    pub running: u32,
+}
+
+/// A job that waits, and why.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct WaitingJob {
+    /// `owner/repository#id`.
+    pub job: String,
+    /// A word for programs.
+    pub reason: String,
+    /// A sentence for a person.
+    pub message: String,
+}
+
+/// A runner that ended other than by finishing its job.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Failure {
+    /// Name of the runner and of its pod, which is gone.
+    pub runner: String,
+    /// A word for programs.
+    pub reason: String,
+    /// A sentence for a person.
+    pub message: String,
+    /// When.
+    pub time: Time,
+}

@@ -1,0 +1,195 @@
+//! The command line and the environment become one checked [`Settings`]; nothing else reads them.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
+use ipnet::IpNet;
+use kube::CustomResourceExt;
+use mayfly_crds::RunnerPool;
+
+use crate::isolation::ClusterFacts;
+use crate::runner::PodSettings;
+
+/// Runs every CI job in a locked-down Kubernetes pod of its own.
+#[derive(Parser)]
+#[command(name = "mayfly", version, about, arg_required_else_help = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Watch RunnerPools and run their jobs.
+    Controller(Box<ControllerArgs>),
+    /// Print the CustomResourceDefinitions as YAML.
+    Crd,
+    /// Print a completion script for a shell.
+    Completions {
+        /// The shell.
+        shell: Shell,
+    },
+}
+
+/// Every option can be given by its environment variable as well.
+#[derive(Args)]
+pub(crate) struct ControllerArgs {
+    /// Namespace the operator runs in; Secrets that pools name are looked for here, and nowhere else.
+    #[arg(long, env = "MAYFLY_NAMESPACE")]
+    namespace: String,
+    /// Name of this process in events, for example the pod's.
+    #[arg(long, env = "MAYFLY_INSTANCE")]
+    instance: Option<String>,
+    /// Image of mayfly-gate for runner pods.
+    #[arg(long, env = "MAYFLY_GATE_IMAGE")]
+    gate_image: String,
+    /// Runner image of pools that name none.
+    #[arg(long, env = "MAYFLY_RUNNER_IMAGE")]
+    runner_image: String,
+    /// When the kubelet pulls these images: Always, IfNotPresent or Never.
+    #[arg(long, env = "MAYFLY_IMAGE_PULL_POLICY", default_value = "IfNotPresent", value_parser = ["Always", "IfNotPresent", "Never"])]
+    image_pull_policy: String,
+    /// Service through which runner pods reach the gate API.
+    #[arg(long, env = "MAYFLY_GATE_SERVICE", default_value = "mayfly-gate")]
+    gate_service: String,
+    /// Where the gate API listens (TLS).
+    #[arg(long, env = "MAYFLY_GATE_ADDRESS", default_value = "0.0.0.0:8443")]
+    gate_address: SocketAddr,
+    /// Where webhooks arrive (plain HTTP: put TLS in front of it).
+    #[arg(long, env = "MAYFLY_WEBHOOK_ADDRESS", default_value = "0.0.0.0:8080")]
+    webhook_address: SocketAddr,
+    /// Where health and metrics are served.
+    #[arg(long, env = "MAYFLY_HEALTH_ADDRESS", default_value = "0.0.0.0:8081")]
+    health_address: SocketAddr,
+    /// Secret that keeps the gate API's certificate; made if it is not there.
+    #[arg(long, env = "MAYFLY_GATE_SECRET", default_value = "mayfly-gate-tls")]
+    gate_secret: String,
+    /// Labels of the operator's own pods, which runner pods may reach: key=value, comma-separated.
+    #[arg(long, env = "MAYFLY_POD_LABELS", default_value = "app.kubernetes.io/name=mayfly", value_parser = labels)]
+    pod_labels: BTreeMap<String, String>,
+    /// Namespace of the cluster's DNS.
+    #[arg(long, env = "MAYFLY_DNS_NAMESPACE", default_value = "kube-system")]
+    dns_namespace: String,
+    /// Labels of the cluster's DNS pods: key=value, comma-separated.
+    #[arg(long, env = "MAYFLY_DNS_LABELS", default_value = "k8s-app=kube-dns", value_parser = labels)]
+    dns_labels: BTreeMap<String, String>,
+    /// Public address ranges that belong to the cluster (nodes, pods, Services, API server) and stay closed to jobs.
+    /// Private ranges are closed anyway.
+    #[arg(long, env = "MAYFLY_CLUSTER_RANGES", value_delimiter = ',')]
+    cluster_ranges: Vec<IpNet>,
+    /// PEM file of certificate authorities for forges with a private one.
+    #[arg(long, env = "MAYFLY_FORGE_CA_FILE")]
+    forge_ca_file: Option<PathBuf>,
+    /// Seconds between two looks at a forge when no webhook comes.
+    #[arg(long, env = "MAYFLY_POLL_SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    poll_seconds: u64,
+}
+
+/// Everything the controller was told.
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    pub(crate) instance: Option<String>,
+    pub(crate) pods: PodSettings,
+    pub(crate) cluster: ClusterFacts,
+    pub(crate) gate_address: SocketAddr,
+    pub(crate) webhook_address: SocketAddr,
+    pub(crate) health_address: SocketAddr,
+    pub(crate) gate_secret: String,
+    pub(crate) gate_names: Vec<String>,
+    pub(crate) forge_ca: Option<Vec<u8>>,
+    pub(crate) poll_interval: Duration,
+}
+
+impl ControllerArgs {
+    /// Checks what was given.
+    pub(crate) fn settings(self) -> Result<Settings> {
+        if self.pod_labels.is_empty() || self.dns_labels.is_empty() {
+            bail!("--pod-labels and --dns-labels cannot be empty: an empty selector would open every pod of the namespace");
+        }
+        let forge_ca = match &self.forge_ca_file {
+            Some(path) => Some(std::fs::read(path).with_context(|| format!("--forge-ca-file {}", path.display()))?),
+            None => None,
+        };
+        let host = format!("{}.{}.svc", self.gate_service, self.namespace);
+        let gate_port = self.gate_address.port();
+        Ok(Settings {
+            instance: self.instance,
+            pods: PodSettings {
+                gate_image: self.gate_image,
+                runner_image: self.runner_image,
+                image_pull_policy: self.image_pull_policy,
+                gate_url: format!("https://{host}:{gate_port}"),
+                gate_ca: String::new(),
+            },
+            cluster: ClusterFacts {
+                operator_namespace: self.namespace,
+                operator_labels: self.pod_labels,
+                gate_port,
+                dns_namespace: self.dns_namespace,
+                dns_labels: self.dns_labels,
+                cluster_ranges: self.cluster_ranges,
+            },
+            gate_address: self.gate_address,
+            webhook_address: self.webhook_address,
+            health_address: self.health_address,
+            gate_secret: self.gate_secret,
+            gate_names: vec![host],
+            forge_ca,
+            poll_interval: Duration::from_secs(self.poll_seconds),
+        })
+    }
+}
+
+fn labels(text: &str) -> Result<BTreeMap<String, String>, String> {
+    let pair = |pair: &str| match pair.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err(format!("{pair:?} is not key=value")),
+    };
+    text.split(',').filter(|part| !part.is_empty()).map(pair).collect()
+}
+
+/// Prints the CustomResourceDefinitions.
+pub(crate) fn print_crds() -> Result<()> {
+    let yaml = serde_saphyr::to_string(&RunnerPool::crd()).context("the CRD cannot be written as YAML")?;
+    io::stdout().write_all(yaml.as_bytes())?;
+    Ok(())
+}
+
+/// Prints a completion script.
+pub(crate) fn print_completions(shell: Shell) {
+    clap_complete::generate(shell, &mut Cli::command(), "mayfly", &mut io::stdout());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NEEDED: [&str; 8] = ["mayfly", "controller", "--namespace", "m", "--gate-image", "g", "--runner-image", "r"];
+
+    fn settings(more: &[&str]) -> Result<Settings> {
+        match Cli::try_parse_from(NEEDED.iter().chain(more))?.command {
+            Command::Controller(args) => args.settings(),
+            _ => bail!("another command"),
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn defaults_are_complete_and_nonsense_is_refused() {
+        let found = settings(&[]).expect("valid");
+        assert_eq!(found.pods.gate_url, "https://mayfly-gate.m.svc:8443");
+        for bad in [["--pod-labels", ""], ["--dns-labels", "x"], ["--poll-seconds", "0"], ["--cluster-ranges", "ten"]] {
+            assert!(settings(&bad).is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,274 @@
+//! Gitea 1.25 and later: REST API v1 for jobs and runners, and the runner service's `Register` call.
+//!
+//! Sources: Gitea's OpenAPI document (`/swagger.v1.json`) and `runner/v1/services.proto` of code.gitea.io/actions-proto-def,
+//! called with the Connect protocol's JSON codec (POST, `application/json`, camelCase, 64-bit numbers as strings).
+
+mod wire;
+pub(crate) mod webhook;
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use reqwest::{Method, StatusCode};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::{
+    Forge, ForgeError, Job, JobKey, JobState, RegisteredRunner, Registration, Removal, Repository, Run, RunnerKey, Secret,
+};
+
+/// Entries per page: Gitea's own default limit (`[api] MAX_RESPONSE_ITEMS`).
+const PAGE: usize = 50;
+/// Most pages read of any list, so that one pass is bounded; 2,000 entries.
+const MAX_PAGES: usize = 40;
+/// Longest answer read, in bytes.
+const MAX_ANSWER: usize = 16 << 20;
+/// Deadline of one call.
+const CALL_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Whose jobs are served.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Scope {
+    /// All repositories of an organization.
+    Organization(String),
+    /// One repository.
+    Repository(Repository),
+    /// The whole server.
+    Instance,
+}
+
+/// A Gitea server, one scope of it, one token.
+#[derive(Debug, Clone)]
+pub(crate) struct Gitea {
+    http: reqwest::Client,
+    base: String,
+    scope: Scope,
+    token: Secret,
+}
+
+impl Gitea {
+    /// `base` is the server's URL as its users and runners see it.
+    pub(crate) fn new(http: reqwest::Client, base: &str, scope: Scope, token: Secret) -> Self {
+        Self { http, base: base.trim_end_matches('/').to_owned(), scope, token }
+    }
+
+    /// An HTTP client fit for forges: no redirects (a redirect would carry the token elsewhere), bounded waiting.
+    /// `authorities` are further certificate authorities, PEM.
+    pub(crate) fn http_client(authorities: Option<&[u8]>) -> Result<reqwest::Client, reqwest::Error> {
+        let mut builder = reqwest::Client::builder()
+            .user_agent(concat!("mayfly/", env!("CARGO_PKG_VERSION")))
+            .redirect(reqwest::redirect::Policy::none())
+            .no_proxy()
+            .connect_timeout(Duration::from_secs(5))
+            .timeout(CALL_TIMEOUT);
+        for authority in reqwest::Certificate::from_pem_bundle(authorities.unwrap_or_default())? {
+            builder = builder.add_root_certificate(authority);
+        }
+        builder.build()
+    }
+
+    fn scope_path(&self) -> String {
+        match &self.scope {
+            Scope::Organization(name) => format!("/orgs/{name}"),
+            Scope::Repository(name) => format!("/repos/{name}"),
+            Scope::Instance => "/admin".to_owned(),
+        }
+    }
+
+    async fn rest<T: DeserializeOwned>(&self, method: Method, path: &str, what: &str) -> Result<T, ForgeError> {
+        let body = self.send::<()>(method, &format!("/api/v1{path}"), what, None, Some(&self.token)).await?;
+        decode(&body, what)
+    }
+
+    async fn send<B: Serialize + Sync>(
+        &self,
+        method: Method,
+        path: &str,
+        what: &str,
+        body: Option<&B>,
+        token: Option<&Secret>,
+    ) -> Result<Vec<u8>, ForgeError> {
+        let mut request = self.http.request(method, format!("{}{path}", self.base));
+        if let Some(token) = token {
+            request = request.header("Authorization", format!("token {}", token.reveal()));
+        }
+        if let Some(body) = body {
+            request = request.json(body);
+        }
+        let mut answer = request.send().await.map_err(unreachable)?;
+        let status = answer.status();
+        let mut bytes = Vec::new();
+        while let Some(chunk) = answer.chunk().await.map_err(unreachable)? {
+            if bytes.len() + chunk.len() > MAX_ANSWER {
+                return Err(ForgeError::Unexpected(format!("more than {MAX_ANSWER} bytes for {what}")));
+            }
+            bytes.extend_from_slice(&chunk);
+        }
+        match status {
+            s if s.is_success() => Ok(bytes),
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Err(ForgeError::Unauthorized { what: what.to_owned() }),
+            StatusCode::NOT_FOUND => Err(ForgeError::NotFound { what: what.to_owned() }),
+            s if s.is_server_error() || s == StatusCode::TOO_MANY_REQUESTS => {
+                Err(ForgeError::Unreachable(format!("HTTP {s} for {what}")))
+            }
+            s => Err(ForgeError::Unexpected(format!("HTTP {s} for {what}"))),
+        }
+    }
+
+    /// Reads a list page by page until a page is not full.
+    async fn pages<L: DeserializeOwned, T>(
+        &self,
+        path: &str,
+        what: &str,
+        entries: impl Fn(L) -> Vec<T>,
+    ) -> Result<Vec<T>, ForgeError> {
+        let joint = if path.contains('?') { '&' } else { '?' };
+        let mut all = Vec::new();
+        for page in 1..=MAX_PAGES {
+            let list: L = self.rest(Method::GET, &format!("{path}{joint}limit={PAGE}&page={page}"), what).await?;
+            let read = entries(list);
+            let full = read.len() >= PAGE;
+            all.extend(read);
+            if !full {
+                break;
+            }
+        }
+        Ok(all)
+    }
+}
+
+#[async_trait]
+impl Forge for Gitea {
+    async fn jobs(&self, state: JobState) -> Result<Vec<Job>, ForgeError> {
+        let status = wire::status_filter(state);
+        let path = format!("{}/actions/jobs?status={status}", self.scope_path());
+        let jobs = self.pages(&path, "jobs of the scope", |list: wire::Jobs| list.jobs).await?;
+        let mut jobs: Vec<Job> = jobs.into_iter().filter_map(wire::Job::into_job).filter(|j| j.state == state).collect();
+        jobs.sort_by_key(|job| job.key.id);
+        Ok(jobs)
+    }
+
+    async fn job(&self, job: &JobKey) -> Result<Option<Job>, ForgeError> {
+        let path = format!("/repos/{}/actions/jobs/{}", job.repository, job.id);
+        match self.rest::<wire::Job>(Method::GET, &path, "the job").await {
+            Ok(found) => found.into_job().map(Some).ok_or_else(|| ForgeError::Unexpected("a job without a repository".to_owned())),
+            Err(ForgeError::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn run(&self, repository: &Repository, run: u64) -> Result<Run, ForgeError> {
+        let run: wire::Run =
+            self.rest(Method::GET, &format!("/repos/{repository}/actions/runs/{run}"), "the workflow run").await?;
+        let (workflow, git_ref) = wire::split_path(&run.path);
+        let fork = match wire::pull_request_of(&git_ref) {
+            // The run itself does not say where the code comes from; the pull request does.
+            Some(number) => {
+                let path = format!("/repos/{repository}/pulls/{number}");
+                match self.rest::<wire::PullRequest>(Method::GET, &path, "the pull request").await {
+                    Ok(pull_request) => pull_request.from_fork(),
+                    Err(ForgeError::NotFound { .. }) => None,
+                    Err(error) => return Err(error),
+                }
+            }
+            None if run.event.starts_with("pull_request") => None,
+            None => Some(false),
+        };
+        Ok(Run { event: run.event, workflow, git_ref, fork })
+    }
+
+    async fn register(
+        &self,
+        repository: &Repository,
+        name: &str,
+        labels: &[String],
+    ) -> Result<Registration, ForgeError> {
+        // The token is good for any number of runners until somebody resets it: it stays in this function.
+        let path = format!("/repos/{repository}/actions/runners/registration-token");
+        let token: wire::RegistrationToken = self.rest(Method::POST, &path, "the registration token of the repository").await?;
+        let request = wire::RegisterRequest {
+            name,
+            token: &token.token,
+            version: concat!("mayfly-", env!("CARGO_PKG_VERSION")),
+            labels,
+            ephemeral: true,
+        };
+        let what = "the registration of a runner";
+        let body = self
+            .send(Method::POST, "/api/actions/runner.v1.RunnerService/Register", what, Some(&request), None)
+            .await?;
+        let runner = decode::<wire::RegisterResponse>(&body, what)?.runner;
+        if !runner.ephemeral {
+            return Err(ForgeError::Unexpected(
+                "the server registered a runner for more than one job; it has to be Gitea 1.25 or later".to_owned(),
+            ));
+        }
+        let key = RunnerKey { repository: repository.clone(), id: runner.id };
+        let hand_over = wire::RunnerFile::new(&self.base, name, labels, &runner).to_json();
+        Ok(Registration { key, hand_over: Secret::new(hand_over) })
+    }
+
+    async fn runners(&self, repository: &Repository) -> Result<Vec<RegisteredRunner>, ForgeError> {
+        let path = format!("/repos/{repository}/actions/runners");
+        let runners = self.pages(&path, "runners of the repository", |list: wire::Runners| list.runners).await?;
+        Ok(runners
+            .into_iter()
+            .map(|runner| RegisteredRunner {
+                key: RunnerKey { repository: repository.clone(), id: runner.id },
+                name: runner.name,
+            })
+            .collect())
+    }
+
+    async fn repositories(&self) -> Result<Vec<Repository>, ForgeError> {
+        let names = match &self.scope {
+            Scope::Repository(repository) => return Ok(vec![repository.clone()]),
+            Scope::Organization(name) => {
+                self.pages(&format!("/orgs/{name}/repos"), "repositories of the organization", |list: Vec<wire::Repo>| list).await?
+            }
+            Scope::Instance => {
+                self.pages("/repos/search", "repositories of the server", |list: wire::RepoSearch| list.data).await?
+            }
+        };
+        Ok(names.iter().filter(|repo| repo.has_actions).filter_map(|repo| Repository::parse(&repo.full_name)).collect())
+    }
+
+    async fn pause(&self, runner: &RunnerKey) -> Result<Removal, ForgeError> {
+        let path = format!("/api/v1/repos/{}/actions/runners/{}", runner.repository, runner.id);
+        let body = wire::EditRunner { disabled: true };
+        let answer = self.send(Method::PATCH, &path, "the pause of a runner", Some(&body), Some(&self.token)).await;
+        done_or_gone(answer)
+    }
+
+    async fn deregister(&self, runner: &RunnerKey) -> Result<Removal, ForgeError> {
+        let path = format!("/api/v1/repos/{}/actions/runners/{}", runner.repository, runner.id);
+        let answer = self.send::<()>(Method::DELETE, &path, "the removal of a runner", None, Some(&self.token)).await;
+        done_or_gone(answer)
+    }
+}
+
+fn done_or_gone(answer: Result<Vec<u8>, ForgeError>) -> Result<Removal, ForgeError> {
+    match answer {
+        Ok(_) => Ok(Removal::Done),
+        Err(ForgeError::NotFound { .. }) => Ok(Removal::Gone),
+        Err(error) => Err(error),
+    }
+}
+
+fn decode<T: DeserializeOwned>(body: &[u8], what: &str) -> Result<T, ForgeError> {
+    // serde's message can quote the body, which may hold a token: say where, not what.
+    serde_json::from_slice(body).map_err(|error| {
+        ForgeError::Unexpected(format!("{what}: not the expected JSON (line {}, column {})", error.line(), error.column()))
+    })
+}
+
+fn unreachable(error: reqwest::Error) -> ForgeError {
+    let error = error.without_url();
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(&error);
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    ForgeError::Unreachable(text)
+}

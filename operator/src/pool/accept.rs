@@ -1,0 +1,173 @@
+//! Which jobs a pool serves: an ordered chain of small checks, each with a reason.
+//!
+//! The same chain decides whether a waiting job is owed a runner and whether a job that a runner took may go on.
+
+use mayfly_crds::{Forks, Jobs};
+use serde::Serialize;
+use wildmatch::WildMatch;
+
+use crate::forge::{Job, Repository, Run};
+
+/// What a pool serves, read from its spec.
+#[derive(Clone, Debug)]
+pub(crate) struct Rules {
+    labels: Vec<String>,
+    repositories: Vec<WildMatch>,
+    workflows: Vec<WildMatch>,
+    events: Vec<String>,
+    forks: Forks,
+}
+
+/// Why a job is not served.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Refusal {
+    /// A word for programs.
+    pub(crate) reason: &'static str,
+    /// A sentence for a person.
+    pub(crate) message: String,
+}
+
+type Check = Result<(), Refusal>;
+
+/// The event that nobody gets without naming it.
+const PULL_REQUEST_TARGET: &str = "pull_request_target";
+
+impl Rules {
+    /// From the spec.
+    pub(crate) fn new(labels: &[String], jobs: &Jobs) -> Self {
+        let globs = |patterns: &[String]| patterns.iter().map(|pattern| WildMatch::new(pattern)).collect();
+        Self {
+            labels: labels.to_vec(),
+            repositories: globs(&jobs.repositories),
+            workflows: globs(&jobs.workflows),
+            events: jobs.events.clone(),
+            forks: jobs.forks,
+        }
+    }
+
+    /// What the job itself tells: all that can be checked without asking the forge about its run.
+    pub(crate) fn check_job(&self, job: &Job) -> Check {
+        self.labels_fit(&job.labels)?;
+        self.repository_fits(&job.key.repository)
+    }
+
+    /// What the run tells.
+    pub(crate) fn check_run(&self, run: &Run) -> Check {
+        self.workflow_fits(&run.workflow)?;
+        self.event_fits(&run.event)?;
+        self.fork_fits(run.fork)
+    }
+
+    /// Everything.
+    pub(crate) fn check(&self, job: &Job, run: &Run) -> Check {
+        self.check_job(job)?;
+        self.check_run(run)
+    }
+
+    fn labels_fit(&self, wanted: &[String]) -> Check {
+        if wanted.is_empty() {
+            return refuse("NoLabels", "the job names no label in runs-on");
+        }
+        match wanted.iter().find(|label| !self.labels.contains(label)) {
+            Some(label) => refuse("LabelNotServed", format!("this pool's runners do not have the label {label:?}")),
+            None => Ok(()),
+        }
+    }
+
+    fn repository_fits(&self, repository: &Repository) -> Check {
+        match self.repositories.is_empty() || self.repositories.iter().any(|glob| glob.matches(repository.as_str())) {
+            true => Ok(()),
+            false => refuse("RepositoryNotServed", format!("jobs.repositories does not name {repository}")),
+        }
+    }
+
+    fn workflow_fits(&self, workflow: &str) -> Check {
+        match self.workflows.is_empty() || self.workflows.iter().any(|glob| glob.matches(workflow)) {
+            true => Ok(()),
+            false => refuse("WorkflowNotServed", format!("jobs.workflows does not name {workflow:?}")),
+        }
+    }
+
+    fn event_fits(&self, event: &str) -> Check {
+        let named = self.events.iter().any(|name| name == event);
+        match named || (self.events.is_empty() && event != PULL_REQUEST_TARGET) {
+            true => Ok(()),
+            false => refuse("EventNotServed", format!("jobs.events does not name {event:?}")),
+        }
+    }
+
+    fn fork_fits(&self, fork: Option<bool>) -> Check {
+        match (self.forks, fork) {
+            (Forks::Allow, _) | (Forks::Deny, Some(false)) => Ok(()),
+            (Forks::Deny, Some(true)) => refuse("ForkDenied", "the job runs a fork's code and jobs.forks is Deny"),
+            (Forks::Deny, None) => {
+                refuse("ForkDenied", "the forge does not say whether the job runs a fork's code, and jobs.forks is Deny")
+            }
+        }
+    }
+}
+
+fn refuse(reason: &'static str, message: impl Into<String>) -> Check {
+    Err(Refusal { reason, message: message.into() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::forge::{JobKey, JobState};
+
+    fn job(repository: &str, labels: &[&str]) -> Job {
+        Job {
+            key: JobKey { repository: Repository::parse(repository).expect("a repository"), id: 1 },
+            run: 1,
+            state: JobState::Queued,
+            labels: labels.iter().map(|l| (*l).to_owned()).collect(),
+            runner: None,
+            runner_id: None,
+        }
+    }
+
+    fn run(event: &str, workflow: &str, fork: Option<bool>) -> Run {
+        Run { event: event.to_owned(), workflow: workflow.to_owned(), git_ref: "refs/heads/main".to_owned(), fork }
+    }
+
+    fn reason(rules: &Rules, job: &Job, run: &Run) -> &'static str {
+        rules.check(job, run).err().map_or("", |refusal| refusal.reason)
+    }
+
+    #[test]
+    fn each_rule_refuses_with_its_own_reason() {
+        let jobs = Jobs {
+            repositories: vec!["acme/web*".to_owned()],
+            workflows: vec!["ci.yml".to_owned(), "release-?.yml".to_owned()],
+            events: vec!["push".to_owned(), "pull_request".to_owned()],
+            forks: Forks::Deny,
+        };
+        let rules = Rules::new(&["linux".to_owned(), "x64".to_owned()], &jobs);
+        let web = job("acme/web-1", &["linux"]);
+        let push = run("push", "ci.yml", Some(false));
+        assert_eq!(reason(&rules, &web, &push), "");
+        assert_eq!(reason(&rules, &job("acme/web-1", &["linux", "gpu"]), &push), "LabelNotServed");
+        assert_eq!(reason(&rules, &job("acme/web-1", &[]), &push), "NoLabels");
+        assert_eq!(reason(&rules, &job("acme/api", &["linux"]), &push), "RepositoryNotServed");
+        assert_eq!(reason(&rules, &web, &run("push", "deploy.yml", Some(false))), "WorkflowNotServed");
+        assert_eq!(reason(&rules, &web, &run("schedule", "ci.yml", Some(false))), "EventNotServed");
+        assert_eq!(reason(&rules, &web, &run("pull_request", "ci.yml", Some(true))), "ForkDenied");
+        assert_eq!(reason(&rules, &web, &run("pull_request", "ci.yml", None)), "ForkDenied");
+    }
+
+    #[test]
+    fn an_empty_rule_serves_everything_but_what_is_dangerous() {
+        let rules = Rules::new(&["linux".to_owned()], &Jobs::default());
+        let any = job("acme/api", &["linux"]);
+        assert_eq!(reason(&rules, &any, &run("schedule", "x.yml", Some(false))), "");
+        assert_eq!(reason(&rules, &any, &run(PULL_REQUEST_TARGET, "x.yml", Some(false))), "EventNotServed");
+        assert_eq!(reason(&rules, &any, &run("pull_request", "x.yml", Some(true))), "ForkDenied");
+    }
+
+    #[test]
+    fn forks_are_served_where_the_pool_says_so() {
+        let rules = Rules::new(&["linux".to_owned()], &Jobs { forks: Forks::Allow, ..Jobs::default() });
+        assert_eq!(reason(&rules, &job("acme/api", &["linux"]), &run("pull_request", "x.yml", Some(true))), "");
+    }
+}

@@ -1,0 +1,290 @@
+//! Carries a plan out. What goes wrong in one part does not keep the other parts from being done.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::{StreamExt, stream};
+use k8s_openapi::api::core::v1::{ObjectReference, Pod, ServiceAccount};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use jiff::SignedDuration;
+use kube::ResourceExt;
+use kube::runtime::reflector::ObjectRef;
+use mayfly_crds::Failure;
+use mayfly_crds::names::{ANNOTATION_JOB, ANNOTATION_WORKFLOW, LABEL_MANAGED_BY, MANAGED_BY, RUNNER_SERVICE_ACCOUNT, RunnerName};
+use sha2::{Digest, Sha256};
+
+use super::controller::Context;
+use super::gather::{Observed, Unmarked};
+use super::plan::{Deletion, Plan};
+use super::registry::{PoolHandle, Spawned};
+use super::validate::Pool;
+use crate::forge::{Forge, ForgeError, Removal, RunnerKey};
+use crate::isolation::{ForgeAddress, network_policies};
+use crate::runner::{Reason, runner_pod};
+
+/// Pods created or deleted at the same time per pool.
+const CONCURRENCY: usize = 8;
+/// First and longest wait after starts that failed in a row.
+const BACKOFF_FIRST: SignedDuration = SignedDuration::from_secs(5);
+const BACKOFF_LONGEST: SignedDuration = SignedDuration::from_mins(5);
+/// How long the forge's addresses are trusted.
+const ADDRESS_AGE: SignedDuration = SignedDuration::from_secs(30);
+/// Tries to remove a registration before the sweep is left to it.
+const DEREGISTER_TRIES: u32 = 4;
+
+/// Makes the namespace ready: the runners' ServiceAccount and the policies, before any pod.
+///
+/// # Errors
+/// A sentence for a person; no pod may be created then.
+pub(super) async fn prepare(ctx: &Context, pool: &Pool, handle: &PoolHandle) -> Result<(), String> {
+    let addresses = forge_addresses(ctx, pool, handle).await?;
+    let forge = ForgeAddress { addresses, port: pool.port };
+    let egress = &pool.spec.isolation.egress;
+    let wanted = network_policies(&pool.key.name, &pool.key.namespace, &pool.owner, egress, &forge, &ctx.settings.cluster)?;
+    let digest = digest(&wanted)?;
+    let unchanged = handle.state().policies.as_ref().is_some_and(|(applied, versions)| {
+        *applied == digest
+            && versions.iter().all(|(name, version)| {
+                let reference = ObjectRef::<NetworkPolicy>::new(name).within(&pool.key.namespace);
+                // One that the watch has not shown yet was applied a moment ago.
+                ctx.policies.get(&reference).is_some_and(|seen| seen.resource_version().as_ref() == Some(version))
+            })
+    });
+    if unchanged {
+        return Ok(());
+    }
+    let account = ServiceAccount {
+        metadata: ObjectMeta {
+            name: Some(RUNNER_SERVICE_ACCOUNT.to_owned()),
+            labels: Some([(LABEL_MANAGED_BY.to_owned(), MANAGED_BY.to_owned())].into()),
+            ..ObjectMeta::default()
+        },
+        automount_service_account_token: Some(false),
+        ..ServiceAccount::default()
+    };
+    ctx.io.apply(&pool.key.namespace, &account).await.map_err(|error| format!("ServiceAccount: {}", error.message()))?;
+    let mut versions = BTreeMap::new();
+    for policy in &wanted {
+        let stored = ctx.io.apply(&pool.key.namespace, policy).await.map_err(|error| format!("NetworkPolicy: {}", error.message()))?;
+        versions.insert(stored.name_any(), stored.resource_version().unwrap_or_default());
+    }
+    for stale in ctx.policies.state().iter().filter(|policy| is_stale(policy, pool, &versions)) {
+        let deleted = ctx.io.delete::<NetworkPolicy>(&pool.key.namespace, &stale.name_any()).await;
+        deleted.map_err(|error| format!("NetworkPolicy: {}", error.message()))?;
+    }
+    handle.state().policies = Some((digest, versions));
+    Ok(())
+}
+
+fn is_stale(policy: &NetworkPolicy, pool: &Pool, wanted: &BTreeMap<String, String>) -> bool {
+    policy.namespace().as_deref() == Some(&pool.key.namespace)
+        && policy.owner_references().iter().any(|owner| owner.uid == pool.uid)
+        && !wanted.contains_key(&policy.name_any())
+}
+
+fn digest(policies: &[NetworkPolicy]) -> Result<String, String> {
+    let json = serde_json::to_vec(policies).map_err(|error| error.to_string())?;
+    Ok(Sha256::digest(json).iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+async fn forge_addresses(ctx: &Context, pool: &Pool, handle: &PoolHandle) -> Result<Vec<std::net::IpAddr>, String> {
+    let now = ctx.now();
+    if let Some((known, at)) = &handle.state().addresses
+        && now.duration_since(*at) < ADDRESS_AGE
+    {
+        return Ok(known.clone());
+    }
+    let found = tokio::net::lookup_host((pool.host.as_str(), pool.port)).await;
+    let found = found.map_err(|error| format!("the forge's host name {} cannot be resolved: {error}", pool.host))?;
+    let mut addresses: Vec<_> = found.map(|socket| socket.ip()).collect();
+    addresses.sort();
+    addresses.dedup();
+    handle.state().addresses = Some((addresses.clone(), now));
+    Ok(addresses)
+}
+
+/// Carries the plan out.
+pub(super) async fn apply(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>, forge: &Arc<dyn Forge>, observed: &Observed, plan: &Plan) {
+    // Waiting gates first: a job that is owed can be on its way while pods are being made.
+    handle.state().owed = plan.owed.iter().cloned().collect();
+    handle.jobs_changed();
+
+    let deletions = each(plan.delete.iter().map(|deletion| delete(ctx, pool, handle, forge, deletion)).collect());
+    let creations = each((0..plan.create).map(|_| create(ctx, pool, handle)).collect());
+    let marks = each(observed.unmarked.iter().map(|unmarked| mark(ctx, pool, unmarked)).collect());
+    let pauses = each(plan.pause.iter().map(|name| pause(ctx, pool, handle, forge, name)).collect());
+    futures::join!(deletions, creations, marks, pauses);
+    for orphan in &observed.orphans {
+        deregister_later(ctx, pool, forge, orphan.clone());
+    }
+}
+
+/// Carries out a few at a time.
+async fn each<F: Future<Output = ()>>(actions: Vec<F>) {
+    stream::iter(actions).buffer_unordered(CONCURRENCY).collect::<()>().await;
+}
+
+/// Writes the job onto its pod.
+async fn mark(ctx: &Context, pool: &Pool, unmarked: &Unmarked) {
+    let annotations = [(ANNOTATION_JOB, unmarked.job.to_string()), (ANNOTATION_WORKFLOW, unmarked.workflow.clone())];
+    if let Err(error) = ctx.io.annotate_pod(&pool.key.namespace, &unmarked.pod, &unmarked.uid, &annotations).await {
+        tracing::warn!(pool = %pool.key, pod = unmarked.pod, error = error.message(), "a pod could not be marked with its job");
+    }
+}
+
+async fn delete(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>, forge: &Arc<dyn Forge>, deletion: &Deletion) {
+    let spawned = {
+        let mut state = handle.state();
+        let taken = state.spawned.get(&deletion.name).is_some_and(|pod| pod.registering.is_some());
+        if deletion.unless_taken && (taken || state.registered.contains_key(&deletion.name)) {
+            return;
+        }
+        state.spawned.remove(&deletion.name)
+    };
+    if let Some(failure) = &deletion.failure {
+        note_failure(ctx, pool, handle, deletion, failure).await;
+    }
+    if let Err(error) = ctx.io.delete_pod(&pool.key.namespace, &deletion.name, &deletion.uid, deletion.grace).await {
+        tracing::warn!(pool = %pool.key, pod = deletion.name, error = error.message(), "a pod could not be deleted; it is tried again");
+        return;
+    }
+    let registered = handle.state().registered.remove(&deletion.name);
+    ctx.metrics.pod_deleted(deletion.failure.as_ref().map_or("finished", |_| "failed"));
+    match registered {
+        Some(runner) if deletion.deregister && !runner.done => deregister_later(ctx, pool, forge, runner.key),
+        Some(_) => {}
+        // Its registration may have reached the forge although the answer did not reach us.
+        None if deletion.deregister && spawned.is_some_and(|pod| pod.burnt.is_some()) => {
+            handle.state().next_sweep = Some(ctx.now() + SignedDuration::from_secs(10));
+        }
+        None => {}
+    }
+}
+
+async fn note_failure(ctx: &Context, pool: &Pool, handle: &PoolHandle, deletion: &Deletion, failure: &Reason) {
+    let now = ctx.now();
+    {
+        let mut state = handle.state();
+        if deletion.start_failure {
+            let factor = 2_i32.saturating_pow(state.start_failures.min(8));
+            state.start_failures = state.start_failures.saturating_add(1);
+            state.not_before = Some(now + BACKOFF_FIRST.saturating_mul(factor).min(BACKOFF_LONGEST));
+        }
+        state.last_failure = Some(Failure {
+            runner: deletion.name.clone(),
+            reason: failure.reason.clone(),
+            message: mayfly_crds::conditions::truncate(&failure.message, 1024),
+            time: k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(now),
+        });
+    }
+    tracing::warn!(pool = %pool.key, pod = deletion.name, reason = failure.reason, message = failure.message, "runner failed");
+    ctx.io.warn(&reference(pool), &failure.reason, "DeletePod", &format!("{}: {}", deletion.name, failure.message)).await;
+}
+
+/// The pool as events name it.
+pub(super) fn reference(pool: &Pool) -> ObjectReference {
+    ObjectReference {
+        api_version: Some(pool.owner.api_version.clone()),
+        kind: Some(pool.owner.kind.clone()),
+        name: Some(pool.key.name.clone()),
+        namespace: Some(pool.key.namespace.clone()),
+        uid: Some(pool.uid.clone()),
+        ..ObjectReference::default()
+    }
+}
+
+async fn create(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>) {
+    let name = RunnerName::new(&pool.key.name, &pool.uid, rand::random());
+    let deadlines = pool.deadlines;
+    let warm = if pool.spec.scale.warm > 0 { SignedDuration::from_hours(2) } else { SignedDuration::ZERO };
+    let life = deadlines.start + deadlines.idle + deadlines.job + warm + SignedDuration::from_mins(1);
+    let user_namespace = ctx.user_namespaces().all_support();
+    let settings = &ctx.settings.pods;
+    let pod = runner_pod(&name, &pool.key.namespace, &pool.key.name, &pool.owner, &pool.spec, user_namespace, life.as_secs(), settings);
+    let waits = Spawned { uid: String::new(), created: ctx.now(), seen: false, asked: None, registering: None, burnt: None };
+    handle.state().spawned.insert(name.to_string(), waits);
+    match ctx.io.create_pod(&pool.key.namespace, &pod).await {
+        Ok(stored) => {
+            if let Some(spawned) = handle.state().spawned.get_mut(name.as_str()) {
+                spawned.uid = stored.uid().unwrap_or_default();
+            }
+            handle.jobs_changed();
+            ctx.metrics.pod_created();
+            tracing::info!(pool = %pool.key, pod = %name, "created a runner pod");
+        }
+        Err(error) => {
+            let deletion = Deletion::of_start(name.as_str());
+            let failure = Reason::new("PodRefused", format!("the API server refused the pod: {}", error.message()));
+            note_failure(ctx, pool, handle, &deletion, &failure).await;
+            // If it was created after all, it is a stray and goes.
+            handle.state().spawned.remove(name.as_str());
+        }
+    }
+}
+
+async fn pause(ctx: &Context, pool: &Pool, handle: &PoolHandle, forge: &Arc<dyn Forge>, name: &str) {
+    let Some(key) = handle.state().registered.get(name).map(|runner| runner.key.clone()) else { return };
+    let result = forge.pause(&key).await;
+    let mut state = handle.state();
+    let Some(runner) = state.registered.get_mut(name) else { return };
+    match result {
+        Ok(Removal::Done) => runner.paused = Some(ctx.now()),
+        // The forge removed it: its one job is over.
+        Ok(Removal::Gone) => runner.done = true,
+        Err(error) => tracing::warn!(pool = %pool.key, runner = name, %error, "a runner could not be paused; it is tried again"),
+    }
+}
+
+/// Removes a registration without keeping anybody waiting; what fails for good is left to the sweep.
+pub(super) fn deregister_later(ctx: &Arc<Context>, pool: &Pool, forge: &Arc<dyn Forge>, runner: RunnerKey) {
+    let (forge, pool, ctx) = (forge.clone(), pool.key.clone(), ctx.clone());
+    ctx.clone().tasks.spawn(async move {
+        for attempt in 0..DEREGISTER_TRIES {
+            match forge.deregister(&runner).await {
+                Ok(_) => return ctx.metrics.deregistered("ok"),
+                Err(error @ ForgeError::Unauthorized { .. }) => {
+                    tracing::warn!(%pool, %error, "a registration could not be removed");
+                    break;
+                }
+                Err(error) => {
+                    tracing::warn!(%pool, %error, attempt, "a registration could not be removed");
+                    tokio::time::sleep(Duration::from_secs(1 << (2 * attempt))).await;
+                }
+            }
+        }
+        ctx.metrics.deregistered("left_to_sweep");
+    });
+}
+
+impl Deletion {
+    /// For a pod that was never there.
+    fn of_start(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            uid: String::new(),
+            grace: 0,
+            deregister: false,
+            unless_taken: false,
+            failure: None,
+            start_failure: true,
+        }
+    }
+}
+
+/// Deletes every pod of a pool that is being deleted; true when none is left.
+pub(super) async fn delete_all(ctx: &Context, namespace: &str, pods: &[Arc<Pod>]) -> bool {
+    let staying = pods.iter().filter(|pod| pod.metadata.deletion_timestamp.is_none());
+    let delete = |pod: &Arc<Pod>| {
+        let (name, uid) = (pod.name_any(), pod.uid().unwrap_or_default());
+        async move {
+            if let Err(error) = ctx.io.delete_pod(namespace, &name, &uid, 1).await {
+                tracing::warn!(namespace, pod = name, error = error.message(), "a pod could not be deleted; it is tried again");
+            }
+        }
+    };
+    each(staying.map(delete).collect()).await;
+    pods.is_empty()
+}

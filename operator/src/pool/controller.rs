@@ -1,0 +1,305 @@
+//! The controller: one pass over a pool is gather, plan, apply, status; this file says when a pass happens.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::{FutureExt, Stream, StreamExt};
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1::{Node, Pod, Secret};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use kube::core::{DeserializeGuard, PartialObjectMeta};
+use kube::runtime::controller::{Action, Config, Controller};
+use kube::runtime::finalizer::{Event, finalizer};
+use kube::runtime::reflector::{ObjectRef, Store};
+use kube::runtime::watcher;
+use kube::{Api, Resource, ResourceExt};
+use mayfly_crds::names::FINALIZER_REGISTRATIONS;
+use mayfly_crds::{RunnerPool, RunnerPoolStatus};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::apply::{self, apply};
+use super::gather::{self, gather};
+use super::plan::{Input, Plan, Role, plan};
+use super::registry::{PoolHandle, PoolKey, Pools};
+use super::status::{self, Outcome, UserNamespaces, status};
+use super::validate::{Pool, validate};
+use crate::cli::Settings;
+use crate::gc;
+use crate::kube_io::KubeIo;
+use crate::runtime::metrics::Metrics;
+
+/// A RunnerPool that may be malformed.
+pub(crate) type Guarded = DeserializeGuard<RunnerPool>;
+
+/// Passes at the same time.
+const CONCURRENCY: u16 = 32;
+/// While a runner is registered and no webhook is set up, the forge is asked this often.
+const POLL_BUSY: Duration = Duration::from_secs(2);
+/// After a pass that failed.
+const RETRY: Duration = Duration::from_secs(5);
+/// A pool that is deleted is not held back longer by a forge that does not answer.
+const FINALIZER_DEADLINE: SignedDuration = SignedDuration::from_secs(60);
+
+/// Everything a pass needs.
+pub(crate) struct Context {
+    pub(crate) settings: Settings,
+    pub(crate) io: KubeIo,
+    pub(crate) http: reqwest::Client,
+    pub(crate) metrics: Metrics,
+    pub(crate) registry: Arc<Pools>,
+    pub(crate) pools: Store<Guarded>,
+    pub(crate) pods: Store<Pod>,
+    pub(crate) secrets: Store<Secret>,
+    pub(crate) policies: Store<NetworkPolicy>,
+    pub(crate) nodes: Store<Node>,
+    pub(crate) tasks: TaskTracker,
+}
+
+impl Context {
+    /// The time. The only place in this room that asks for it.
+    pub(crate) fn now(&self) -> Timestamp {
+        Timestamp::now()
+    }
+
+    /// Pools that are served before this one.
+    pub(super) fn pools_before(&self, pool: &Pool) -> Vec<Pool> {
+        let others = self.pools.state();
+        let valid = others.iter().filter_map(|guarded| guarded.0.as_ref().ok());
+        let serving = valid.filter(|other| other.metadata.deletion_timestamp.is_none());
+        serving.filter_map(|other| validate(other).ok()).filter(|other| other.uid != pool.uid && other.goes_before(pool)).collect()
+    }
+
+    /// What the schedulable nodes say of user namespaces.
+    pub(crate) fn user_namespaces(&self) -> UserNamespaces {
+        let mut users = UserNamespaces { lacking: Vec::new(), supporting: 0 };
+        for node in self.nodes.state() {
+            if node.spec.as_ref().and_then(|spec| spec.unschedulable) == Some(true) {
+                continue;
+            }
+            let handlers = node.status.iter().flat_map(|status| status.runtime_handlers.iter().flatten());
+            let supports = handlers
+                .filter(|handler| handler.name.as_deref().unwrap_or_default().is_empty())
+                .any(|handler| handler.features.as_ref().and_then(|f| f.user_namespaces) == Some(true));
+            match supports {
+                true => users.supporting += 1,
+                false => users.lacking.push(node.name_any()),
+            }
+        }
+        users.lacking.sort();
+        users
+    }
+}
+
+/// Why a pass failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// The finalizer could not be set or removed, or the clean-up behind it failed.
+    #[error("finalizer: {0}")]
+    Finalizer(String),
+    /// A cluster write failed.
+    #[error(transparent)]
+    Write(#[from] crate::kube_io::WriteError),
+    /// The pool is going, and something of it is still there.
+    #[error("still there: {0}")]
+    StillThere(String),
+}
+
+/// Runs until `stop`. `wakes` are pools to look at soon.
+pub(crate) async fn run(
+    ctx: Arc<Context>,
+    pools: Store<Guarded>,
+    stream: impl Stream<Item = Result<Guarded, watcher::Error>> + Send + 'static,
+    wakes: impl Stream<Item = PoolKey> + Send + 'static,
+    stop: CancellationToken,
+) {
+    let wakes = wakes.map(|key| ObjectRef::<Guarded>::new_with(&key.name, ()).within(&key.namespace));
+    Controller::for_stream(stream, pools)
+        .with_config(Config::default().concurrency(CONCURRENCY))
+        .reconcile_on(wakes)
+        .graceful_shutdown_on(stop.cancelled_owned())
+        .run(reconcile, |pool, error, ctx| on_error(&pool, error, &ctx), ctx)
+        .for_each(|result| async move {
+            if let Err(error) = result {
+                tracing::debug!(%error, "pass");
+            }
+        })
+        .await;
+}
+
+fn on_error(pool: &Guarded, error: &Error, ctx: &Context) -> Action {
+    ctx.metrics.pass("failed");
+    tracing::warn!(pool = %key_of(pool), %error, "a pass failed; it is repeated");
+    Action::requeue(match error {
+        Error::StillThere(_) => Duration::from_millis(500),
+        _ => RETRY,
+    })
+}
+
+fn key_of(pool: &impl ResourceExt) -> PoolKey {
+    PoolKey { namespace: pool.namespace().unwrap_or_default(), name: pool.name_any() }
+}
+
+async fn reconcile(guarded: Arc<Guarded>, ctx: Arc<Context>) -> Result<Action, Error> {
+    let key = key_of(&*guarded);
+    let api: Api<PartialObjectMeta<RunnerPool>> = Api::namespaced(ctx.io.client(), &key.namespace);
+    let meta = PartialObjectMeta { types: None, metadata: guarded.meta().clone(), _phantom: std::marker::PhantomData };
+    let (pool, context) = (&guarded, &ctx);
+    let result = finalizer(&api, FINALIZER_REGISTRATIONS, Arc::new(meta), |event| async move {
+        match event {
+            Event::Apply(_) => serve(pool, context).boxed().await,
+            Event::Cleanup(_) => clean_up(pool, context).boxed().await,
+        }
+    })
+    .await;
+    ctx.metrics.pass("done");
+    result.map_err(|error| match error {
+        kube::runtime::finalizer::Error::ApplyFailed(error) | kube::runtime::finalizer::Error::CleanupFailed(error) => error,
+        other => Error::Finalizer(other.to_string()),
+    })
+}
+
+/// One pass over a pool that is there to stay.
+async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
+    let meta = guarded.meta();
+    let handle = ctx.registry.open(&key_of(guarded), meta.uid.as_deref().unwrap_or_default());
+    let (stored, valid) = match &guarded.0 {
+        Ok(pool) => (pool.status.clone().unwrap_or_default(), validate(pool)),
+        Err(invalid) => (RunnerPoolStatus::default(), Err(format!("the object cannot be read: {}", invalid.error))),
+    };
+    let pool = match valid {
+        Ok(pool) => pool,
+        Err(why) => {
+            report(ctx, &handle, None, meta.generation, &stored, &Outcome::Invalid(&why)).await?;
+            return Ok(Action::await_change());
+        }
+    };
+    let observed = match gather(ctx, &pool, &handle).await {
+        Ok(observed) => observed,
+        Err(error) => {
+            ctx.metrics.forge_error(match &error {
+                gather::GatherError::Secret(_) => "secret",
+                gather::GatherError::Forge(error) => error.category(),
+            });
+            report(ctx, &handle, Some(&pool), pool.generation, &stored, &Outcome::Blind(&error)).await?;
+            return Ok(Action::requeue(RETRY));
+        }
+    };
+    if let Err(why) = apply::prepare(ctx, &pool, &handle).await {
+        // Without its policies no pod is made; pods that run go on.
+        report(ctx, &handle, Some(&pool), pool.generation, &stored, &Outcome::Unprepared(&why)).await?;
+        return Ok(Action::requeue(RETRY));
+    }
+    let plan = plan(&input(ctx, &pool, &handle, &observed));
+    let forge = gather::link(ctx, &pool, &handle);
+    if let Ok(forge) = forge {
+        apply(ctx, &pool, &handle, &forge, &observed, &plan).await;
+        gc::sweep_if_due(ctx, &pool, &handle, &forge);
+    }
+    let written = report(ctx, &handle, Some(&pool), pool.generation, &stored, &Outcome::Planned(&observed, &plan)).await?;
+    Ok(next(ctx, &pool, &handle, &observed, &plan, written))
+}
+
+fn input(ctx: &Context, pool: &Pool, handle: &PoolHandle, observed: &gather::Observed) -> Input {
+    Input {
+        now: ctx.now(),
+        max: pool.spec.scale.max,
+        warm: pool.spec.scale.warm,
+        deadlines: pool.deadlines,
+        queued: observed.queued.clone(),
+        pods: observed.pods.clone(),
+        not_before: handle.state().not_before,
+    }
+}
+
+/// When the next pass is due if nothing happens before.
+fn next(ctx: &Context, pool: &Pool, handle: &PoolHandle, observed: &gather::Observed, plan: &Plan, written: bool) -> Action {
+    let mut wait = ctx.settings.poll_interval;
+    let registered = observed.pods.iter().any(|pod| matches!(pod.role, Role::Idle { .. } | Role::Busy { .. }));
+    if registered && pool.webhook_secret.is_none() {
+        wait = wait.min(POLL_BUSY);
+    }
+    // Decisions that only wait for time to pass: a runner that may be needless, a pause, numbers to write.
+    if !plan.pause.is_empty() || observed.pods.iter().any(|pod| matches!(pod.role, Role::Idle { .. })) {
+        wait = wait.min(POLL_BUSY);
+    }
+    if !written {
+        wait = wait.min(Duration::try_from(status::COUNTS_EVERY).unwrap_or(RETRY));
+    }
+    if let Some(not_before) = handle.state().not_before {
+        let left = not_before.duration_since(ctx.now());
+        if left > SignedDuration::ZERO {
+            wait = wait.min(Duration::try_from(left).unwrap_or(RETRY));
+        }
+    }
+    Action::requeue(wait)
+}
+
+/// Writes the status if it says something new. False where only numbers changed and it is too early to write them.
+async fn report(
+    ctx: &Context,
+    handle: &PoolHandle,
+    pool: Option<&Pool>,
+    generation: Option<i64>,
+    stored: &RunnerPoolStatus,
+    outcome: &Outcome<'_>,
+) -> Result<bool, Error> {
+    let now = ctx.now();
+    let (new, early) = {
+        let state = handle.state();
+        let new = status(stored, pool, generation, &state, &ctx.user_namespaces(), outcome, &Time(now));
+        let early = state.status_written.is_some_and(|at| now.duration_since(at) < status::COUNTS_EVERY);
+        (new, early)
+    };
+    if new == *stored {
+        return Ok(true);
+    }
+    if early && !status::differs_in_more_than_counts(&new, stored) {
+        return Ok(false);
+    }
+    let value = serde_json::to_value(&new).unwrap_or_default();
+    ctx.io.patch_status::<RunnerPool>(&handle.key.namespace, &handle.key.name, &value).await?;
+    handle.state().status_written = Some(now);
+    Ok(true)
+}
+
+/// The pool is being deleted: pods first, then registrations, then the pool may go.
+async fn clean_up(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
+    let key = key_of(guarded);
+    let meta = guarded.meta();
+    let uid = meta.uid.clone().unwrap_or_default();
+    let own = |pod: &Pod| pod.owner_references().iter().any(|owner| owner.uid == uid);
+    let pods: Vec<Arc<Pod>> = ctx.pods.state().into_iter().filter(|pod| own(pod)).collect();
+    if !apply::delete_all(ctx, &key.namespace, &pods).await {
+        return Err(Error::StillThere(format!("{} pod(s)", pods.len())));
+    }
+    let since = meta.deletion_timestamp.as_ref().map_or_else(|| ctx.now(), |time| time.0);
+    let overdue = ctx.now().duration_since(since) > FINALIZER_DEADLINE;
+    if let Err(error) = remove_registrations(guarded, ctx, &key, &uid).await {
+        if !overdue {
+            return Err(Error::StillThere(format!("registrations: {error}")));
+        }
+        tracing::warn!(pool = %key, error, "the pool goes although the forge may still have registrations of its runners");
+        let reference = guarded.object_ref(&());
+        let note = format!("the forge may still have registrations of this pool's runners, which are worthless without their pods: {error}");
+        ctx.io.warn(&reference, "RegistrationsLeft", "Finalize", &note).await;
+    }
+    ctx.registry.close(&key);
+    Ok(Action::await_change())
+}
+
+async fn remove_registrations(guarded: &Guarded, ctx: &Context, key: &PoolKey, uid: &str) -> Result<(), String> {
+    let handle = ctx.registry.open(key, uid);
+    // A pool that never made sense never registered anything.
+    let Some(pool) = guarded.0.as_ref().ok().and_then(|pool| validate(pool).ok()) else { return Ok(()) };
+    let known = handle.state().link.as_ref().map(|link| link.forge.clone());
+    let forge = match gather::link(ctx, &pool, &handle) {
+        Ok(forge) => forge,
+        Err(error) => known.ok_or_else(|| error.to_string())?,
+    };
+    for runner in gather::runners_of_pool(&forge, uid).await.map_err(|error| error.to_string())? {
+        forge.deregister(&runner.key).await.map_err(|error| error.to_string())?;
+    }
+    Ok(())
+}

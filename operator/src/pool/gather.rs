@@ -1,0 +1,375 @@
+//! What is: the jobs of the forge, the pods of the cluster, and who has which. Reads only.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use futures::{StreamExt, TryStreamExt, stream};
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1::{Pod, Secret as KubeSecret};
+use kube::ResourceExt;
+use kube::runtime::reflector::ObjectRef;
+use mayfly_crds::names::{LABEL_POOL, RunnerName};
+use mayfly_crds::{SecretKeyRef, WaitingJob};
+
+use super::accept::Refusal;
+use super::controller::Context;
+use super::plan::{PodFacts, Role};
+use super::registry::{Link, OwedJob, PoolHandle, PoolState, Registered};
+use super::validate::Pool;
+use crate::forge::gitea::Gitea;
+use crate::forge::{Forge, ForgeError, Job, JobKey, JobState, RegisteredRunner, Repository, Run, RunnerKey, Secret};
+use crate::runner::{Phase, phase};
+
+/// Most waiting jobs told in a pool's status.
+const WAITING_TOLD: usize = 10;
+/// A created pod that the watch has not shown after this long is taken as lost.
+const WATCH_LAG: SignedDuration = SignedDuration::from_secs(30);
+/// Most workflow runs remembered per pool.
+const RUNS_KEPT: usize = 2_000;
+/// Repositories asked at the same time.
+const SWEEP_CONCURRENCY: usize = 8;
+
+/// What was seen.
+#[derive(Debug, Default)]
+pub(super) struct Observed {
+    /// Accepted jobs that wait, oldest first.
+    pub(super) queued: Vec<OwedJob>,
+    /// Further jobs that fit by label and repository; there are more than could be served now.
+    pub(super) beyond: usize,
+    /// Jobs that wait, and why this pool does not serve them.
+    pub(super) waiting: Vec<WaitingJob>,
+    /// Pods of the pool.
+    pub(super) pods: Vec<PodFacts>,
+    /// Pods that do not say yet which job they have.
+    pub(super) unmarked: Vec<Unmarked>,
+    /// Registrations whose pods are gone.
+    pub(super) orphans: Vec<RunnerKey>,
+    /// Older pools that accept some of the same jobs.
+    pub(super) overlaps: Vec<String>,
+}
+
+/// A pod that does not say yet which job it has.
+#[derive(Debug)]
+pub(super) struct Unmarked {
+    pub(super) pod: String,
+    pub(super) uid: String,
+    pub(super) job: JobKey,
+    /// `run/file@ref`.
+    pub(super) workflow: String,
+}
+
+/// Why nothing could be seen.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum GatherError {
+    /// The Secret or its key does not exist.
+    #[error("{0}")]
+    Secret(String),
+    /// The forge.
+    #[error(transparent)]
+    Forge(#[from] ForgeError),
+}
+
+/// Looks at the forge and the cluster.
+pub(super) async fn gather(ctx: &Context, pool: &Pool, handle: &Arc<PoolHandle>) -> Result<Observed, GatherError> {
+    let forge = link(ctx, pool, handle)?;
+    if !handle.state().adopted {
+        adopt(ctx, pool, handle, &forge).await?;
+    }
+    follow_jobs(handle, &forge, ctx.now()).await?;
+    let mut observed = Observed::default();
+    demand(ctx, pool, handle, &forge, &mut observed).await?;
+    pods(ctx, pool, handle, &forge, &mut observed).await?;
+    Ok(observed)
+}
+
+/// The pool's forge client; a new one when the token or the address changed.
+pub(super) fn link(ctx: &Context, pool: &Pool, handle: &PoolHandle) -> Result<Arc<dyn Forge>, GatherError> {
+    let token = secret(ctx, &pool.token, "forge.gitea.tokenSecretRef")?;
+    let webhook_secret = match &pool.webhook_secret {
+        Some(reference) => Some(secret(ctx, reference, "forge.gitea.webhookSecretRef")?),
+        None => None,
+    };
+    let made_from = (pool.url.clone(), pool.scope_text(), token.clone());
+    let mut state = handle.state();
+    state.webhook_secret = webhook_secret;
+    if let Some(link) = state.link.as_ref().filter(|link| link.made_from == made_from) {
+        return Ok(link.forge.clone());
+    }
+    let forge: Arc<dyn Forge> = Arc::new(Gitea::new(ctx.http.clone(), &pool.url, pool.scope.clone(), token));
+    state.link = Some(Link { forge: forge.clone(), made_from });
+    Ok(forge)
+}
+
+fn secret(ctx: &Context, reference: &SecretKeyRef, field: &str) -> Result<Secret, GatherError> {
+    let namespace = &ctx.settings.cluster.operator_namespace;
+    let found: Option<Arc<KubeSecret>> = ctx.secrets.get(&ObjectRef::new(&reference.name).within(namespace));
+    let Some(found) = found else {
+        return Err(GatherError::Secret(format!("{field}: there is no Secret {} in namespace {namespace}", reference.name)));
+    };
+    let bytes = found.data.as_ref().and_then(|data| data.get(&reference.key));
+    let text = bytes.and_then(|bytes| std::str::from_utf8(&bytes.0).ok()).map(str::trim).filter(|text| !text.is_empty());
+    let complaint = || format!("{field}: the Secret {} has no text under the key {}", reference.name, reference.key);
+    text.map(Secret::new).ok_or_else(|| GatherError::Secret(complaint()))
+}
+
+/// Finds the runners of an earlier process: those with a living pod go on, the others are removed.
+async fn adopt(ctx: &Context, pool: &Pool, handle: &PoolHandle, forge: &Arc<dyn Forge>) -> Result<(), ForgeError> {
+    let living: BTreeMap<String, Arc<Pod>> =
+        own_pods(ctx, pool).into_iter().filter(|pod| phase(pod) != Phase::Leaving).map(|pod| (pod.name_any(), pod)).collect();
+    for runner in runners_of_pool(forge, &pool.uid).await? {
+        if living.contains_key(&runner.name) {
+            let found = Registered { key: runner.key, meant_for: None, since: ctx.now(), job: None, paused: None, done: false };
+            handle.state().registered.insert(runner.name, found);
+        } else {
+            forge.deregister(&runner.key).await?;
+            tracing::info!(pool = %pool.key, runner = runner.name, "removed a registration without a pod");
+        }
+    }
+    handle.state().adopted = true;
+    Ok(())
+}
+
+/// Every runner at the forge whose name says that it is this pool's.
+pub(crate) async fn runners_of_pool(forge: &Arc<dyn Forge>, pool_uid: &str) -> Result<Vec<RegisteredRunner>, ForgeError> {
+    let repositories = forge.repositories().await?;
+    let lists: Vec<Vec<RegisteredRunner>> = stream::iter(repositories)
+        .map(|repository| async move {
+            match forge.runners(&repository).await {
+                // A repository that vanished, or in which the token may not manage runners: Mayfly has none there.
+                Err(ForgeError::NotFound { .. } | ForgeError::Unauthorized { .. }) => Ok(Vec::new()),
+                other => other,
+            }
+        })
+        .buffer_unordered(SWEEP_CONCURRENCY)
+        .try_collect()
+        .await?;
+    Ok(lists.into_iter().flatten().filter(|runner| RunnerName::is_of_pool(&runner.name, pool_uid)).collect())
+}
+
+/// Brings the jobs of registered runners up to date.
+async fn follow_jobs(handle: &PoolHandle, forge: &Arc<dyn Forge>, now: Timestamp) -> Result<(), ForgeError> {
+    let (hinted, any) = {
+        let mut state = handle.state();
+        (std::mem::take(&mut state.hinted), state.registered.values().any(|runner| !runner.done))
+    };
+    if !any {
+        return Ok(());
+    }
+    // In progress first, queued after (see `demand`): a job that moves in between is in neither list, never in both.
+    let mut jobs = forge.jobs(JobState::InProgress).await?;
+    let running: Vec<JobKey> = jobs.iter().map(|job| job.key.clone()).collect();
+    let lost: Vec<JobKey> = {
+        let state = handle.state();
+        let known = state.registered.values().filter(|r| !r.done).filter_map(|r| r.job.as_ref().map(|(job, _)| job.clone()));
+        known.chain(hinted).filter(|job| !running.contains(job)).collect()
+    };
+    for key in lost {
+        match forge.job(&key).await? {
+            Some(job) => jobs.push(job),
+            None => finish(&mut handle.state(), &key, None),
+        }
+    }
+    let mut state = handle.state();
+    for job in jobs {
+        match job.state {
+            JobState::InProgress => {
+                if let Some(runner) = job.runner.as_ref().and_then(|name| state.registered.get_mut(name)) {
+                    runner.job.get_or_insert_with(|| (job.key.clone(), now));
+                    state.job_runs.insert(job.key, job.run);
+                }
+            }
+            JobState::Completed => finish(&mut state, &job.key, job.runner_id),
+            // It lost its runner and waits again (a re-run): the runner's part is over.
+            JobState::Queued | JobState::Blocked => finish(&mut state, &job.key, None),
+        }
+    }
+    Ok(())
+}
+
+/// The job is over: so is the runner that has it, or had it unseen.
+fn finish(state: &mut PoolState, job: &JobKey, runner_id: Option<u64>) {
+    for runner in state.registered.values_mut() {
+        let has_it = runner.job.as_ref().is_some_and(|(key, _)| key == job);
+        let had_it = runner_id == Some(runner.key.id) && runner.key.repository == job.repository;
+        runner.done |= has_it || had_it;
+    }
+}
+
+/// Which waiting jobs this pool owes a runner.
+async fn demand(
+    ctx: &Context,
+    pool: &Pool,
+    handle: &PoolHandle,
+    forge: &Arc<dyn Forge>,
+    observed: &mut Observed,
+) -> Result<(), ForgeError> {
+    let enough = (pool.spec.scale.max as usize) + WAITING_TOLD;
+    let older = ctx.pools_before(pool);
+    for job in forge.jobs(JobState::Queued).await? {
+        let fits = pool.rules.check_job(&job);
+        if fits.is_ok() && observed.queued.len() >= enough {
+            observed.beyond += 1;
+            continue;
+        }
+        let decision = match fits {
+            Ok(()) => match run_of(handle, forge, &job.key.repository, job.run).await? {
+                Some(run) => decide(pool, &older, &job, &run, &mut observed.overlaps),
+                None => continue,
+            },
+            Err(refusal) => Err(refusal),
+        };
+        match decision {
+            Ok(()) => observed.queued.push(OwedJob { key: job.key, labels: job.labels }),
+            Err(refusal) if observed.waiting.len() < WAITING_TOLD => observed.waiting.push(WaitingJob {
+                job: job.key.to_string(),
+                reason: refusal.reason.to_owned(),
+                message: refusal.message,
+            }),
+            Err(_) => {}
+        }
+    }
+    observed.overlaps.sort();
+    observed.overlaps.dedup();
+    Ok(())
+}
+
+fn decide(pool: &Pool, older: &[Pool], job: &Job, run: &Run, overlaps: &mut Vec<String>) -> Result<(), Refusal> {
+    pool.rules.check_run(run)?;
+    let first = older
+        .iter()
+        .find(|other| other.scope_covers(&pool.url, &job.key.repository) && other.rules.check(job, run).is_ok());
+    match first {
+        Some(other) => {
+            overlaps.push(other.key.to_string());
+            Err(Refusal { reason: "ServedByOlderPool", message: format!("RunnerPool {} is older and accepts this job as well", other.key) })
+        }
+        None => Ok(()),
+    }
+}
+
+/// Facts about a run, asked once. `None` where the run is gone.
+async fn run_of(handle: &PoolHandle, forge: &Arc<dyn Forge>, repository: &Repository, run: u64) -> Result<Option<Run>, ForgeError> {
+    let key = (repository.clone(), run);
+    if let Some(known) = handle.state().runs.get(&key).cloned() {
+        return Ok(Some(known));
+    }
+    let facts = match forge.run(repository, run).await {
+        Ok(facts) => facts,
+        Err(ForgeError::NotFound { .. }) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let mut state = handle.state();
+    if state.runs.len() >= RUNS_KEPT {
+        state.runs.clear();
+    }
+    state.runs.insert(key, facts.clone());
+    Ok(Some(facts))
+}
+
+/// The pool's pods in the watch cache.
+pub(crate) fn own_pods(ctx: &Context, pool: &Pool) -> Vec<Arc<Pod>> {
+    let own = |pod: &Pod| {
+        pod.namespace().as_deref() == Some(&pool.key.namespace)
+            && pod.labels().get(LABEL_POOL) == Some(&pool.key.name)
+            && pod.owner_references().iter().any(|owner| owner.uid == pool.uid)
+    };
+    ctx.pods.state().into_iter().filter(|pod| own(pod)).collect()
+}
+
+/// What each pod is.
+async fn pods(
+    ctx: &Context,
+    pool: &Pool,
+    handle: &PoolHandle,
+    forge: &Arc<dyn Forge>,
+    observed: &mut Observed,
+) -> Result<(), ForgeError> {
+    let now = ctx.now();
+    let living = own_pods(ctx, pool);
+    let refusals = refusals(pool, handle, forge).await?;
+    let mut state = handle.state();
+    let state = &mut *state;
+    for pod in &living {
+        let name = pod.name_any();
+        if let Some(spawned) = state.spawned.get_mut(&name) {
+            spawned.seen = true;
+        }
+        let role = role_of(state, &name, &refusals);
+        if let Role::Busy { job, refused: None, .. } = &role
+            && !pod.annotations().contains_key(mayfly_crds::names::ANNOTATION_JOB)
+        {
+            let run = state.job_runs.get(job).and_then(|run| Some((run, state.runs.get(&(job.repository.clone(), *run))?)));
+            let workflow = run.map(|(id, run)| format!("{id}/{}@{}", run.workflow, run.git_ref)).unwrap_or_default();
+            let (pod, uid) = (name.clone(), pod.uid().unwrap_or_default());
+            observed.unmarked.push(Unmarked { pod, uid, job: job.clone(), workflow });
+        }
+        observed.pods.push(PodFacts {
+            name,
+            uid: pod.uid().unwrap_or_default(),
+            created: pod.creation_timestamp().map_or(now, |time| time.0),
+            phase: phase(pod),
+            role,
+        });
+    }
+    let exists = |name: &str| living.iter().any(|pod| pod.name_any() == name);
+    state.spawned.retain(|name, spawned| {
+        let lag = !spawned.seen && now.duration_since(spawned.created) < WATCH_LAG;
+        if !exists(name) && lag {
+            let role = spawned.registering.clone().map_or(Role::Waiting { ready: false }, Role::Registering);
+            let (name, uid, created) = (name.clone(), spawned.uid.clone(), spawned.created);
+            observed.pods.push(PodFacts { name, uid, created, phase: Phase::Alive { waits: None }, role });
+        }
+        exists(name) || lag || spawned.registering.is_some()
+    });
+    state.registered.retain(|name, runner| {
+        if !exists(name) && !runner.done {
+            observed.orphans.push(runner.key.clone());
+        }
+        exists(name)
+    });
+    let kept: Vec<JobKey> = state.registered.values().filter_map(|r| r.job.as_ref().map(|(job, _)| job.clone())).collect();
+    state.job_runs.retain(|job, _| kept.contains(job));
+    Ok(())
+}
+
+/// Which running jobs the pool does not accept, and why. A job of which nothing can be learned is not accepted.
+async fn refusals(pool: &Pool, handle: &PoolHandle, forge: &Arc<dyn Forge>) -> Result<BTreeMap<JobKey, Refusal>, ForgeError> {
+    let running: Vec<(JobKey, Option<u64>)> = {
+        let state = handle.state();
+        let jobs = state.registered.values().filter(|runner| !runner.done).filter_map(|runner| runner.job.as_ref());
+        jobs.map(|(job, _)| (job.clone(), state.job_runs.get(job).copied())).collect()
+    };
+    let mut refusals = BTreeMap::new();
+    for (job, run) in running {
+        let facts = match run {
+            Some(run) => run_of(handle, forge, &job.repository, run).await?,
+            None => None,
+        };
+        let decision = match facts {
+            Some(run) => pool.rules.check_run(&run),
+            None => Err(Refusal { reason: "RunUnknown", message: "the forge does not say what the job is about".to_owned() }),
+        };
+        if let Err(refusal) = decision {
+            refusals.insert(job, refusal);
+        }
+    }
+    Ok(refusals)
+}
+
+fn role_of(state: &PoolState, name: &str, refusals: &BTreeMap<JobKey, Refusal>) -> Role {
+    if let Some(runner) = state.registered.get(name) {
+        return match &runner.job {
+            _ if runner.done => Role::Done,
+            Some((job, since)) => Role::Busy { job: job.clone(), since: *since, refused: refusals.get(job).cloned() },
+            None => Role::Idle { since: runner.since, meant_for: runner.meant_for.clone(), paused: runner.paused },
+        };
+    }
+    match state.spawned.get(name) {
+        Some(spawned) => match (&spawned.burnt, &spawned.registering) {
+            (Some(why), _) => Role::Burnt(why.clone()),
+            (None, Some(job)) => Role::Registering(job.clone()),
+            (None, None) => Role::Waiting { ready: spawned.asked.is_some() },
+        },
+        None => Role::Stray,
+    }
+}

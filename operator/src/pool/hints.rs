@@ -1,0 +1,84 @@
+//! Webhooks make a pass happen now instead of at the next poll. What a webhook says is looked up at the forge, never believed.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::{DefaultBodyLimit, Path, State};
+use axum::http::{HeaderMap, StatusCode};
+use axum::routing::post;
+use tower::limit::GlobalConcurrencyLimitLayer;
+
+use super::controller::Context;
+use super::registry::{PoolHandle, PoolKey};
+use super::validate::validate;
+use crate::forge::gitea::webhook::{self, MAX_BODY, Refusal};
+use crate::forge::{JobKey, Repository};
+
+/// Deliveries looked at the same time: each may hold `MAX_BODY` bytes.
+const DELIVERIES: usize = 64;
+/// Most jobs remembered to be looked at; the next pass lists them all anyway.
+const HINTS_KEPT: usize = 1_000;
+
+/// The routes.
+pub(crate) fn router(ctx: Arc<Context>) -> Router {
+    Router::new()
+        .route("/webhooks/gitea/{namespace}/{pool}", post(gitea))
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .layer(GlobalConcurrencyLimitLayer::new(DELIVERIES))
+        .with_state(ctx)
+}
+
+async fn gitea(
+    State(ctx): State<Arc<Context>>,
+    Path((namespace, name)): Path<(String, String)>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> (StatusCode, String) {
+    let handle = ctx.registry.get(&PoolKey { namespace, name });
+    let result = check(handle.as_deref(), &headers, &body);
+    let (outcome, answer) = match result {
+        Ok(hint) => {
+            take(&ctx, handle.as_deref(), hint);
+            ("accepted", (StatusCode::ACCEPTED, String::new()))
+        }
+        Err(refusal) => {
+            let code = match refusal {
+                Refusal::Unsigned | Refusal::WrongSignature => StatusCode::UNAUTHORIZED,
+                Refusal::Malformed => StatusCode::BAD_REQUEST,
+            };
+            (refusal.category(), (code, refusal.to_string()))
+        }
+    };
+    ctx.metrics.webhook(outcome);
+    answer
+}
+
+/// A verified hint. A pool that does not exist and one without a secret look the same from outside as a wrong secret.
+fn check(handle: Option<&PoolHandle>, headers: &HeaderMap, body: &[u8]) -> Result<webhook::Hint, Refusal> {
+    let signature = headers.get("x-hub-signature-256").map(|value| value.as_bytes()).ok_or(Refusal::Unsigned)?;
+    let secret = handle.and_then(|handle| handle.state().webhook_secret.clone()).ok_or(Refusal::WrongSignature)?;
+    webhook::verify(&secret, Some(signature), body)?;
+    webhook::read(body)
+}
+
+/// Notes the job and wakes every pool of that server whose scope covers the repository.
+fn take(ctx: &Context, handle: Option<&PoolHandle>, hint: webhook::Hint) {
+    let url = handle.and_then(|handle| handle.state().link.as_ref().map(|link| link.made_from.0.clone()));
+    let Some(url) = url else { return };
+    for handle in pools_for(ctx, &url, &hint.repository) {
+        if let Some(id) = hint.job {
+            let mut state = handle.state();
+            if state.hinted.len() < HINTS_KEPT {
+                state.hinted.insert(JobKey { repository: hint.repository.clone(), id });
+            }
+        }
+        ctx.registry.wake(handle.key.clone());
+    }
+}
+
+fn pools_for(ctx: &Context, url: &str, repository: &Repository) -> Vec<Arc<PoolHandle>> {
+    let stored = ctx.pools.state();
+    let valid = stored.iter().filter_map(|guarded| validate(guarded.0.as_ref().ok()?).ok());
+    valid.filter(|pool| pool.scope_covers(url, repository)).filter_map(|pool| ctx.registry.get(&pool.key)).collect()
+}

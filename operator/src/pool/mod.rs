@@ -1,0 +1,16 @@
+//! A RunnerPool and how many pods it needs: gather, validate and decide, plan (pure), apply, status.
+
+mod accept;
+mod apply;
+mod controller;
+mod gather;
+pub(crate) mod hints;
+mod plan;
+mod registry;
+mod status;
+mod validate;
+
+pub(crate) use controller::{Context, Guarded, run};
+pub(crate) use gather::{own_pods, runners_of_pool};
+pub(crate) use registry::{NoJob, PoolHandle, PoolKey, Pools};
+pub(crate) use validate::Pool;

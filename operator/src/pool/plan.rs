@@ -1,0 +1,250 @@
+//! How many pods, and which of them have to go: a pure function from what was seen to what shall be done.
+
+use jiff::{SignedDuration, Timestamp};
+use serde::Serialize;
+
+use super::accept::Refusal;
+use super::registry::OwedJob;
+use super::validate::Deadlines;
+use crate::forge::JobKey;
+use crate::runner::{Phase, Reason};
+
+/// A runner is only taken back for want of a job after this long: the job may be on its way to it.
+const SETTLE: SignedDuration = SignedDuration::from_secs(5);
+/// Between keeping a runner from new jobs and removing it: what it had taken by then is seen.
+const PAUSE: SignedDuration = SignedDuration::from_secs(2);
+/// Oldest age of a pod that waits ahead of demand.
+const WARM_AGE: SignedDuration = SignedDuration::from_hours(1);
+
+/// Seconds a pod has to end by itself when its job is over: the runner is leaving anyway.
+const GRACE_DONE: u32 = 2;
+/// Seconds for a runner that must stop: enough for it to tell the forge that the job is cancelled.
+const GRACE_STOP: u32 = 1;
+/// Seconds for a job past its deadline.
+const GRACE_DEADLINE: u32 = 10;
+
+/// What was seen.
+#[derive(Clone, Debug)]
+pub(crate) struct Input {
+    pub(crate) now: Timestamp,
+    pub(crate) max: u32,
+    pub(crate) warm: u32,
+    pub(crate) deadlines: Deadlines,
+    /// Accepted jobs that wait, oldest first.
+    pub(crate) queued: Vec<OwedJob>,
+    /// Every pod of the pool.
+    pub(crate) pods: Vec<PodFacts>,
+    /// No pod is created before.
+    pub(crate) not_before: Option<Timestamp>,
+}
+
+/// One pod.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct PodFacts {
+    pub(crate) name: String,
+    pub(crate) uid: String,
+    pub(crate) created: Timestamp,
+    pub(crate) phase: Phase,
+    pub(crate) role: Role,
+}
+
+/// What the pod is to the forge.
+#[derive(Clone, Debug, Serialize, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// Made by this process, without a registration.
+    Waiting {
+        /// Its gate has asked for a registration: everything in it runs.
+        ready: bool,
+    },
+    /// A registration for this job is being made.
+    Registering(OwedJob),
+    /// Its registration failed.
+    Burnt(String),
+    /// Registered, without a job as far as is known.
+    Idle {
+        /// Since when.
+        since: Timestamp,
+        /// For which job it was registered.
+        meant_for: Option<OwedJob>,
+        /// Kept from taking jobs since.
+        paused: Option<Timestamp>,
+    },
+    /// Registered and running a job.
+    Busy {
+        /// Which.
+        job: JobKey,
+        /// Since when, as first seen.
+        since: Timestamp,
+        /// Why the pool does not accept it.
+        refused: Option<Refusal>,
+    },
+    /// Its job is over.
+    Done,
+    /// Of an earlier process and without a registration: worth nothing.
+    Stray,
+}
+
+/// What shall be done.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct Plan {
+    /// Pods to create.
+    pub(crate) create: u32,
+    /// Pods to delete.
+    pub(crate) delete: Vec<Deletion>,
+    /// Runners to keep from taking a job.
+    pub(crate) pause: Vec<String>,
+    /// Jobs for which registrations may be made, oldest first.
+    pub(crate) owed: Vec<OwedJob>,
+}
+
+/// A pod to delete.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Deletion {
+    pub(crate) name: String,
+    pub(crate) uid: String,
+    /// Seconds between SIGTERM and SIGKILL.
+    pub(crate) grace: u32,
+    /// Whether a registration may still exist at the forge.
+    pub(crate) deregister: bool,
+    /// Only while the pod has not asked for a job in the meantime.
+    pub(crate) unless_taken: bool,
+    /// What to tell, where it did not simply finish its job.
+    pub(crate) failure: Option<Reason>,
+    /// Whether the failure was one of starting, after which the next start waits.
+    pub(crate) start_failure: bool,
+}
+
+/// The plan.
+pub(crate) fn plan(input: &Input) -> Plan {
+    let mut plan = Plan::default();
+    let mut waiting: Vec<&PodFacts> = Vec::new();
+    let mut idle: Vec<&PodFacts> = Vec::new();
+    for pod in &input.pods {
+        match verdict(pod, input) {
+            Verdict::Keep => match &pod.role {
+                Role::Waiting { .. } => waiting.push(pod),
+                Role::Idle { .. } | Role::Registering(_) => idle.push(pod),
+                _ => {}
+            },
+            Verdict::Delete(deletion) => plan.delete.push(deletion),
+            Verdict::Pause => plan.pause.push(pod.name.clone()),
+            Verdict::Ignore => {}
+        }
+    }
+    let (owed, needless) = match_jobs(&input.queued, &idle, input.now);
+    plan.pause.extend(needless);
+    plan.owed = owed;
+
+    let wanted = plan.owed.len() + input.warm as usize;
+    let room = (input.max as usize).saturating_sub(input.pods.len());
+    let may_create = input.not_before.is_none_or(|time| time <= input.now);
+    if may_create {
+        plan.create = u32::try_from(wanted.saturating_sub(waiting.len()).min(room)).unwrap_or(u32::MAX);
+    }
+    // Those that are least far go first.
+    waiting.sort_by_key(|pod| (pod.role != Role::Waiting { ready: false }, std::cmp::Reverse(pod.created)));
+    for pod in waiting.iter().take(waiting.len().saturating_sub(wanted)) {
+        plan.delete.push(Deletion { unless_taken: true, ..deletion(pod, GRACE_STOP) });
+    }
+    plan
+}
+
+enum Verdict {
+    Keep,
+    Pause,
+    Delete(Deletion),
+    Ignore,
+}
+
+/// What becomes of one pod, whatever the demand.
+fn verdict(pod: &PodFacts, input: &Input) -> Verdict {
+    let age = |since: Timestamp| input.now.duration_since(since);
+    let has_registration = matches!(pod.role, Role::Idle { .. } | Role::Busy { .. } | Role::Burnt(_) | Role::Registering(_));
+    let gone = |grace: u32| Deletion { deregister: has_registration, ..deletion(pod, grace) };
+    let fails = |grace: u32, reason: Reason| Deletion { failure: Some(reason), ..gone(grace) };
+    let start_fails = |reason: Reason| Verdict::Delete(Deletion { start_failure: true, ..fails(GRACE_STOP, reason) });
+
+    match &pod.phase {
+        Phase::Leaving => return Verdict::Ignore,
+        Phase::Stuck(reason) => return start_fails(reason.clone()),
+        Phase::Over { success, reason } => {
+            return match (&pod.role, success) {
+                (Role::Waiting { .. } | Role::Registering(_), _) => {
+                    let default = || Reason::new("RunnerExited", "the runner's process ended before it had a job");
+                    start_fails(reason.clone().unwrap_or_else(default))
+                }
+                (Role::Stray | Role::Done, _) | (_, true) => Verdict::Delete(gone(GRACE_DONE)),
+                (_, false) => {
+                    let default = || Reason::new("RunnerFailed", "the runner's process failed");
+                    Verdict::Delete(fails(GRACE_DONE, reason.clone().unwrap_or_else(default)))
+                }
+            };
+        }
+        Phase::Alive { .. } => {}
+    }
+    match &pod.role {
+        Role::Done => Verdict::Delete(gone(GRACE_DONE)),
+        Role::Stray => Verdict::Delete(gone(GRACE_STOP)),
+        Role::Burnt(why) => start_fails(Reason::new("RegistrationFailed", why.clone())),
+        Role::Busy { job, refused: Some(refusal), .. } => {
+            let reason = Reason::new("JobRefused", format!("{job}: {}", refusal.message));
+            Verdict::Delete(fails(GRACE_STOP, reason))
+        }
+        Role::Busy { job, since, refused: None } if age(*since) > input.deadlines.job => {
+            let reason = Reason::new("JobDeadlineExceeded", format!("{job} took longer than deadlines.job"));
+            Verdict::Delete(fails(GRACE_DEADLINE, reason))
+        }
+        Role::Waiting { ready: false } if age(pod.created) > input.deadlines.start => {
+            let waits = match &pod.phase {
+                Phase::Alive { waits: Some(reason) } => format!("{}: {}", reason.reason, reason.message),
+                _ => "its gate did not report in".to_owned(),
+            };
+            start_fails(Reason::new("StartDeadlineExceeded", format!("not ready within deadlines.start; {waits}")))
+        }
+        Role::Waiting { ready: true } if age(pod.created) > WARM_AGE => {
+            Verdict::Delete(Deletion { unless_taken: true, ..gone(GRACE_STOP) })
+        }
+        Role::Idle { paused: Some(paused), .. } if age(*paused) > PAUSE => Verdict::Delete(gone(GRACE_STOP)),
+        Role::Idle { paused: Some(_), .. } => Verdict::Ignore,
+        Role::Idle { since, .. } if age(*since) > input.deadlines.idle => Verdict::Pause,
+        _ => Verdict::Keep,
+    }
+}
+
+/// Which jobs are still owed a runner, and which registered runners have no job to wait for.
+fn match_jobs(queued: &[OwedJob], idle: &[&PodFacts], now: Timestamp) -> (Vec<OwedJob>, Vec<String>) {
+    let mut owed: Vec<OwedJob> = queued.to_vec();
+    let mut needless = Vec::new();
+    for pod in idle {
+        let (meant_for, since) = match &pod.role {
+            Role::Registering(job) => (Some(job), None),
+            Role::Idle { meant_for, since, .. } => (meant_for.as_ref(), Some(*since)),
+            _ => continue,
+        };
+        let served = match meant_for {
+            Some(job) => owed.iter().position(|queued| queued.same_runner_as(job)),
+            None => None,
+        };
+        match (served, since) {
+            (Some(index), _) => drop(owed.remove(index)),
+            (None, Some(since)) if now.duration_since(since) > SETTLE => needless.push(pod.name.clone()),
+            (None, _) => {}
+        }
+    }
+    (owed, needless)
+}
+
+fn deletion(pod: &PodFacts, grace: u32) -> Deletion {
+    Deletion {
+        name: pod.name.clone(),
+        uid: pod.uid.clone(),
+        grace,
+        deregister: false,
+        unless_taken: false,
+        failure: None,
+        start_failure: false,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,323 @@
+//! What the process remembers of each pool between passes. All of it can be found again from the cluster and the forge
+//! (see [`super::gather`]); nothing here is needed to clean up.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use mayfly_crds::Failure;
+use serde::Serialize;
+use tokio::sync::{Notify, mpsc};
+
+use crate::forge::{Forge, JobKey, Repository, Run, RunnerKey, Secret};
+
+/// Namespace and name of a RunnerPool.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct PoolKey {
+    /// Namespace.
+    pub(crate) namespace: String,
+    /// Name.
+    pub(crate) name: String,
+}
+
+impl fmt::Display for PoolKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// A job that is owed a runner.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct OwedJob {
+    /// Which job.
+    pub(crate) key: JobKey,
+    /// Its `runs-on`, which become the runner's labels.
+    pub(crate) labels: Vec<String>,
+}
+
+impl OwedJob {
+    /// Whether a runner registered for `other` would take this job as well.
+    pub(crate) fn same_runner_as(&self, other: &Self) -> bool {
+        self.key.repository == other.key.repository && self.labels == other.labels
+    }
+}
+
+/// A pod this process made, which has no registration yet.
+#[derive(Clone, Debug)]
+pub(crate) struct Spawned {
+    /// The pod's UID; empty while the API server has not answered yet.
+    pub(crate) uid: String,
+    /// When it was made.
+    pub(crate) created: Timestamp,
+    /// Whether the watch has shown it.
+    pub(crate) seen: bool,
+    /// When its gate first asked for a registration.
+    pub(crate) asked: Option<Timestamp>,
+    /// The job for which a registration is being made right now.
+    pub(crate) registering: Option<OwedJob>,
+    /// The registration failed: the name may be known to the forge, so it is not tried again.
+    pub(crate) burnt: Option<String>,
+}
+
+/// A runner the forge knows.
+#[derive(Clone, Debug)]
+pub(crate) struct Registered {
+    /// How to name it to the forge.
+    pub(crate) key: RunnerKey,
+    /// The job it was registered for; it may take another of the same kind. `None` for one found after a restart.
+    pub(crate) meant_for: Option<OwedJob>,
+    /// When it was registered, or found.
+    pub(crate) since: Timestamp,
+    /// The job it has, and when that was first seen.
+    pub(crate) job: Option<(JobKey, Timestamp)>,
+    /// When it was kept from taking a job.
+    pub(crate) paused: Option<Timestamp>,
+    /// Its job is over at the forge, and with it the registration.
+    pub(crate) done: bool,
+}
+
+/// The forge of a pool, with the inputs it was made from.
+#[derive(Clone, Debug)]
+pub(crate) struct Link {
+    /// The client.
+    pub(crate) forge: Arc<dyn Forge>,
+    /// What it was made from; a change makes a new one.
+    pub(crate) made_from: (String, String, Secret),
+}
+
+/// Everything remembered about one pool.
+#[derive(Debug, Default)]
+pub(crate) struct PoolState {
+    /// The forge, once the pool's token was found.
+    pub(crate) link: Option<Link>,
+    /// Secret of the webhook.
+    pub(crate) webhook_secret: Option<Secret>,
+    /// Jobs owed a runner, oldest first.
+    pub(crate) owed: VecDeque<OwedJob>,
+    /// Pods without a registration, by name.
+    pub(crate) spawned: BTreeMap<String, Spawned>,
+    /// Runners with a registration, by name.
+    pub(crate) registered: BTreeMap<String, Registered>,
+    /// Jobs that a webhook spoke of since the last pass.
+    pub(crate) hinted: BTreeSet<JobKey>,
+    /// The workflow run of each running job.
+    pub(crate) job_runs: HashMap<JobKey, u64>,
+    /// Facts about workflow runs, which do not change.
+    pub(crate) runs: HashMap<(Repository, u64), Run>,
+    /// Whether runners of an earlier process were looked for.
+    pub(crate) adopted: bool,
+    /// When the forge is next searched for leftovers.
+    pub(crate) next_sweep: Option<Timestamp>,
+    /// Starts that failed in a row.
+    pub(crate) start_failures: u32,
+    /// No pod is created before.
+    pub(crate) not_before: Option<Timestamp>,
+    /// The last runner that ended other than by finishing its job.
+    pub(crate) last_failure: Option<Failure>,
+    /// The forge's addresses, and when they were looked up.
+    pub(crate) addresses: Option<(Vec<IpAddr>, Timestamp)>,
+    /// Policies as last applied: a digest of all, and each one's resource version.
+    pub(crate) policies: Option<(String, BTreeMap<String, String>)>,
+    /// When the status was last written.
+    pub(crate) status_written: Option<Timestamp>,
+}
+
+/// One pool.
+#[derive(Debug)]
+pub(crate) struct PoolHandle {
+    /// Namespace and name.
+    pub(crate) key: PoolKey,
+    /// UID: a pool made anew under the same name is another pool.
+    pub(crate) uid: String,
+    state: Mutex<PoolState>,
+    changed: Notify,
+}
+
+/// Why a gate gets no registration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum NoJob {
+    /// Nothing is owed right now: ask again.
+    NotYet,
+    /// This pod will never get one.
+    Never(&'static str),
+}
+
+impl PoolHandle {
+    fn new(key: PoolKey, uid: String) -> Self {
+        Self { key, uid, state: Mutex::default(), changed: Notify::new() }
+    }
+
+    /// The remembered state. Never held across an `await`.
+    pub(crate) fn state(&self) -> MutexGuard<'_, PoolState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells waiting gates that the jobs owed have changed.
+    pub(crate) fn jobs_changed(&self) {
+        self.changed.notify_waiters();
+    }
+
+    /// The oldest job owed, for a pod of this process that had none yet; waits up to `patience` for one.
+    pub(crate) async fn take_job(&self, pod: &str, uid: &str, now: Timestamp, patience: Duration) -> Result<OwedJob, NoJob> {
+        let deadline = tokio::time::Instant::now() + patience;
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if let Some(job) = self.try_take(pod, uid, now)? {
+                return Ok(job);
+            }
+            if tokio::time::timeout_at(deadline, changed).await.is_err() {
+                return Err(NoJob::NotYet);
+            }
+        }
+    }
+
+    fn try_take(&self, pod: &str, uid: &str, now: Timestamp) -> Result<Option<OwedJob>, NoJob> {
+        let mut state = self.state();
+        let state = &mut *state;
+        if state.registered.contains_key(pod) {
+            return Err(NoJob::Never("this pod already had its registration"));
+        }
+        let Some(spawned) = state.spawned.get_mut(pod).filter(|spawned| spawned.uid.is_empty() || spawned.uid == uid) else {
+            return Err(NoJob::Never("this pod is not waiting for a registration"));
+        };
+        if spawned.uid.is_empty() {
+            return Ok(None);
+        }
+        if spawned.registering.is_some() || spawned.burnt.is_some() {
+            return Err(NoJob::Never("this pod already asked for its registration"));
+        }
+        spawned.asked.get_or_insert(now);
+        spawned.registering = state.owed.pop_front();
+        Ok(spawned.registering.clone())
+    }
+
+    /// The registration was made.
+    pub(crate) fn registered(&self, pod: &str, key: RunnerKey, now: Timestamp) {
+        let mut state = self.state();
+        let meant_for = state.spawned.remove(pod).and_then(|spawned| spawned.registering);
+        let runner = Registered { key, meant_for, since: now, job: None, paused: None, done: false };
+        state.registered.insert(pod.to_owned(), runner);
+        state.start_failures = 0;
+        state.not_before = None;
+    }
+
+    /// The registration failed: the job is owed again, the pod is used up.
+    pub(crate) fn registration_failed(&self, pod: &str, why: &str) {
+        let mut state = self.state();
+        let job = state.spawned.get_mut(pod).and_then(|spawned| {
+            spawned.burnt = Some(why.to_owned());
+            spawned.registering.take()
+        });
+        if let Some(job) = job {
+            state.owed.push_front(job);
+        }
+    }
+}
+
+/// All pools of this process.
+#[derive(Debug)]
+pub(crate) struct Pools {
+    handles: Mutex<HashMap<PoolKey, Arc<PoolHandle>>>,
+    wakes: mpsc::UnboundedSender<PoolKey>,
+}
+
+impl Pools {
+    /// No pools yet. The receiver yields the pools to look at.
+    pub(crate) fn new() -> (Self, mpsc::UnboundedReceiver<PoolKey>) {
+        let (wakes, receiver) = mpsc::unbounded_channel();
+        (Self { handles: Mutex::default(), wakes }, receiver)
+    }
+
+    /// The handle of the pool with this UID; a new one where the UID is new.
+    pub(crate) fn open(&self, key: &PoolKey, uid: &str) -> Arc<PoolHandle> {
+        let mut handles = self.handles();
+        match handles.get(key) {
+            Some(handle) if handle.uid == uid => handle.clone(),
+            _ => {
+                let handle = Arc::new(PoolHandle::new(key.clone(), uid.to_owned()));
+                handles.insert(key.clone(), handle.clone());
+                handle
+            }
+        }
+    }
+
+    /// The handle of a pool that was seen before.
+    pub(crate) fn get(&self, key: &PoolKey) -> Option<Arc<PoolHandle>> {
+        self.handles().get(key).cloned()
+    }
+
+    /// Forgets a pool.
+    pub(crate) fn close(&self, key: &PoolKey) {
+        self.handles().remove(key);
+    }
+
+    /// Has the pool looked at soon.
+    pub(crate) fn wake(&self, key: PoolKey) {
+        // The receiver lives as long as the process: an error means it is ending.
+        let _ = self.wakes.send(key);
+    }
+
+    /// Every pool, for hints that concern several.
+    pub(crate) fn all(&self) -> Vec<Arc<PoolHandle>> {
+        self.handles().values().cloned().collect()
+    }
+
+    fn handles(&self) -> MutexGuard<'_, HashMap<PoolKey, Arc<PoolHandle>>> {
+        self.handles.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn handle_with_pod() -> PoolHandle {
+        let key = PoolKey { namespace: "team".to_owned(), name: "ci".to_owned() };
+        let handle = PoolHandle::new(key, "uid".to_owned());
+        let created = Timestamp::UNIX_EPOCH;
+        let spawned = Spawned { uid: "pod-uid".to_owned(), created, seen: false, asked: None, registering: None, burnt: None };
+        handle.state().spawned.insert("pod".to_owned(), spawned);
+        handle
+    }
+
+    fn owe(handle: &PoolHandle, id: u64) -> OwedJob {
+        let repository = Repository::parse("acme/web").expect("a repository");
+        let job = OwedJob { key: JobKey { repository, id }, labels: vec!["linux".to_owned()] };
+        handle.state().owed.push_back(job.clone());
+        handle.jobs_changed();
+        job
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_waits_for_a_job_and_gets_one_only_once() {
+        let handle = handle_with_pod();
+        let now = Timestamp::UNIX_EPOCH;
+        let second = Duration::from_secs(1);
+        assert_eq!(handle.take_job("pod", "pod-uid", now, second).await, Err(NoJob::NotYet));
+        let job = owe(&handle, 1);
+        owe(&handle, 2);
+        assert_eq!(handle.take_job("pod", "pod-uid", now, second).await, Ok(job.clone()));
+        assert!(matches!(handle.take_job("pod", "pod-uid", now, second).await, Err(NoJob::Never(_))));
+        handle.registered("pod", RunnerKey { repository: job.key.repository.clone(), id: 9 }, now);
+        assert!(matches!(handle.take_job("pod", "pod-uid", now, second).await, Err(NoJob::Never(_))));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stranger_and_a_burnt_pod_get_nothing_and_the_job_is_owed_again() {
+        let handle = handle_with_pod();
+        let now = Timestamp::UNIX_EPOCH;
+        let job = owe(&handle, 1);
+        for (pod, uid) in [("other", "pod-uid"), ("pod", "another-uid")] {
+            assert!(matches!(handle.take_job(pod, uid, now, Duration::ZERO).await, Err(NoJob::Never(_))));
+        }
+        assert!(handle.take_job("pod", "pod-uid", now, Duration::ZERO).await.is_ok());
+        handle.registration_failed("pod", "no answer");
+        assert_eq!(handle.state().owed.front(), Some(&job));
+        assert!(matches!(handle.take_job("pod", "pod-uid", now, Duration::ZERO).await, Err(NoJob::Never(_))));
+    }
+}

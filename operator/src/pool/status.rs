@@ -1,0 +1,151 @@
+//! What a pool tells: conditions, numbers, waiting jobs. Written only when it says something new.
+
+use jiff::SignedDuration;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use mayfly_crds::conditions::{self, Verdict, reasons};
+use mayfly_crds::{Counts, RunnerPoolStatus};
+
+use super::gather::{GatherError, Observed};
+use super::plan::{Plan, Role};
+use super::registry::PoolState;
+use super::validate::Pool;
+use crate::forge::ForgeError;
+use crate::runner::Phase;
+
+/// Numbers alone are not written more often than this.
+pub(super) const COUNTS_EVERY: SignedDuration = SignedDuration::from_secs(5);
+
+/// Whether runner pods get a user namespace of their own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct UserNamespaces {
+    /// Schedulable nodes that cannot do it.
+    pub(crate) lacking: Vec<String>,
+    /// Schedulable nodes that can.
+    pub(crate) supporting: usize,
+}
+
+impl UserNamespaces {
+    /// Whether every node can.
+    pub(crate) fn all_support(&self) -> bool {
+        self.lacking.is_empty() && self.supporting > 0
+    }
+
+    fn verdict(&self) -> Verdict {
+        let type_ = conditions::USER_NAMESPACES;
+        match self.all_support() {
+            true => Verdict::yes(type_, reasons::OK, "runner pods have a user namespace of their own"),
+            false => {
+                let names = self.lacking.iter().take(5).cloned().collect::<Vec<_>>().join(", ");
+                let message = format!(
+                    "runner pods share the host's user namespace: no support on {} node(s) ({names}); it takes Linux 6.3, \
+                     containerd 2 or CRI-O 1.25, and Kubernetes 1.33",
+                    self.lacking.len()
+                );
+                Verdict::no(type_, reasons::NODES_LACK_SUPPORT, message)
+            }
+        }
+    }
+}
+
+/// Outcome of one pass, for the status.
+pub(super) enum Outcome<'a> {
+    /// The spec makes no sense.
+    Invalid(&'a str),
+    /// Nothing could be seen.
+    Blind(&'a GatherError),
+    /// The namespace could not be prepared.
+    Unprepared(&'a str),
+    /// All was seen and a plan was made.
+    Planned(&'a Observed, &'a Plan),
+}
+
+/// The new status.
+pub(super) fn status(
+    old: &RunnerPoolStatus,
+    pool: Option<&Pool>,
+    generation: Option<i64>,
+    state: &PoolState,
+    users: &UserNamespaces,
+    outcome: &Outcome<'_>,
+    now: &Time,
+) -> RunnerPoolStatus {
+    let mut verdicts = vec![users.verdict()];
+    let mut new = old.clone();
+    new.scope = pool.map(Pool::scope_text).unwrap_or_default();
+    new.last_failure = state.last_failure.clone().or_else(|| old.last_failure.clone());
+    match outcome {
+        Outcome::Invalid(why) => {
+            verdicts.push(Verdict::no(conditions::READY, reasons::INVALID, *why));
+            verdicts.push(Verdict::unknown(conditions::FORGE_REACHABLE, reasons::INVALID, "the forge was not asked"));
+        }
+        Outcome::Blind(error) => {
+            let (reason, message) = blind(error);
+            verdicts.push(Verdict::no(conditions::READY, reason, message.clone()));
+            verdicts.push(Verdict::no(conditions::FORGE_REACHABLE, reason, message));
+        }
+        Outcome::Unprepared(why) => {
+            verdicts.push(Verdict::no(conditions::READY, reasons::INVALID, *why));
+            verdicts.push(Verdict::yes(conditions::FORGE_REACHABLE, reasons::OK, "the forge answers"));
+        }
+        Outcome::Planned(observed, plan) => {
+            verdicts.push(ready(state));
+            verdicts.push(Verdict::yes(conditions::FORGE_REACHABLE, reasons::OK, "the forge answers"));
+            verdicts.push(overlap(observed));
+            new.counts = counts(observed, plan);
+            new.waiting_jobs = observed.waiting.clone();
+            new.observed_generation = generation;
+        }
+    }
+    new.conditions = conditions::merge(&old.conditions, &verdicts, generation, now);
+    new
+}
+
+fn blind(error: &GatherError) -> (&'static str, String) {
+    let reason = match error {
+        GatherError::Secret(_) => reasons::SECRET_NOT_FOUND,
+        GatherError::Forge(ForgeError::Unreachable(_)) => reasons::UNREACHABLE,
+        GatherError::Forge(ForgeError::Unauthorized { .. }) => reasons::UNAUTHORIZED,
+        GatherError::Forge(ForgeError::NotFound { .. }) => reasons::SCOPE_NOT_FOUND,
+        GatherError::Forge(ForgeError::Unexpected(_)) => reasons::UNEXPECTED_ANSWER,
+    };
+    (reason, error.to_string())
+}
+
+fn ready(state: &PoolState) -> Verdict {
+    match &state.last_failure {
+        Some(failure) if state.start_failures > 0 => {
+            let message = format!("{} runner(s) in a row did not start; the last: {}", state.start_failures, failure.message);
+            Verdict::no(conditions::READY, reasons::PODS_FAIL, message)
+        }
+        _ => Verdict::yes(conditions::READY, reasons::OK, "jobs are served"),
+    }
+}
+
+fn overlap(observed: &Observed) -> Verdict {
+    match observed.overlaps.is_empty() {
+        true => Verdict::no(conditions::OVERLAPPING, reasons::NO_OVERLAP, "no older pool accepts the same jobs"),
+        false => {
+            let message = format!("{} accept some of the same jobs and are served first", observed.overlaps.join(", "));
+            Verdict::yes(conditions::OVERLAPPING, reasons::OLDER_POOL_FIRST, message)
+        }
+    }
+}
+
+fn counts(observed: &Observed, plan: &Plan) -> Counts {
+    let living = |pod: &&super::plan::PodFacts| {
+        matches!(pod.phase, Phase::Alive { .. } | Phase::Stuck(_)) && !plan.delete.iter().any(|deletion| deletion.name == pod.name)
+    };
+    let total = observed.pods.iter().filter(living).count();
+    let running = observed.pods.iter().filter(living).filter(|pod| matches!(pod.role, Role::Busy { .. })).count();
+    let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+    Counts {
+        queued: number(observed.queued.len() + observed.beyond),
+        starting: number(total - running) + plan.create,
+        running: number(running),
+    }
+}
+
+/// Whether two statuses differ in more than numbers.
+pub(super) fn differs_in_more_than_counts(a: &RunnerPoolStatus, b: &RunnerPoolStatus) -> bool {
+    RunnerPoolStatus { counts: Counts::default(), ..a.clone() } != RunnerPoolStatus { counts: Counts::default(), ..b.clone() }
+}

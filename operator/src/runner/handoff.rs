@@ -1,0 +1,123 @@
+//! The gate API: a pod that proves who it is gets a registration, once, when a job is owed.
+//!
+//! `POST /v1/registration`, `Authorization: Bearer <projected token>`, no body. Answers: 200 with the registration as the runner
+//! program reads it; 204 no job yet, ask again; 401 no pod of ours; 410 never, for this pod; 503 try again in a moment.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::post;
+use kube::ResourceExt;
+use kube::runtime::reflector::ObjectRef;
+use mayfly_crds::names::LABEL_POOL;
+use tower::limit::GlobalConcurrencyLimitLayer;
+
+use super::identity::{Identities, IdentityError, PodIdentity};
+use super::state::{Phase, phase};
+use crate::pool::{Context, NoJob, PoolHandle, PoolKey};
+
+/// How long a gate's question is kept open when no job is owed.
+const PATIENCE: Duration = Duration::from_secs(50);
+/// Gates served at the same time.
+const GATES: usize = 4_096;
+
+/// What the API works with.
+pub(crate) struct GateApi {
+    ctx: Arc<Context>,
+    identities: Identities,
+}
+
+/// The routes.
+pub(crate) fn router(ctx: Arc<Context>) -> Router {
+    let identities = Identities::new(ctx.io.clone());
+    Router::new()
+        .route("/v1/registration", post(registration))
+        .layer(DefaultBodyLimit::max(0))
+        .layer(GlobalConcurrencyLimitLayer::new(GATES))
+        .with_state(Arc::new(GateApi { ctx, identities }))
+}
+
+/// An answer other than a registration.
+struct Refusal(StatusCode, &'static str);
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        (self.0, self.1).into_response()
+    }
+}
+
+async fn registration(State(api): State<Arc<GateApi>>, headers: HeaderMap) -> Result<Response, Refusal> {
+    let answer = hand_over(&api, &headers).await;
+    let outcome = match &answer {
+        Ok(_) => "handed_over",
+        Err(Refusal(StatusCode::NO_CONTENT, _)) => "no_job_yet",
+        Err(Refusal(StatusCode::UNAUTHORIZED, _)) => "unauthorized",
+        Err(Refusal(StatusCode::GONE, _)) => "refused",
+        Err(_) => "unavailable",
+    };
+    api.ctx.metrics.hand_over(outcome);
+    answer
+}
+
+async fn hand_over(api: &GateApi, headers: &HeaderMap) -> Result<Response, Refusal> {
+    let authorization = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let pod = api.identities.identify(authorization).await.map_err(|error| match error {
+        IdentityError::Refused(why) => Refusal(StatusCode::UNAUTHORIZED, why),
+        IdentityError::Unavailable(error) => {
+            tracing::warn!(%error, "a token could not be reviewed");
+            Refusal(StatusCode::SERVICE_UNAVAILABLE, "the token could not be reviewed")
+        }
+    })?;
+    let handle = pool_of(&api.ctx, &pod)?;
+    let now = api.ctx.now();
+    let job = handle.take_job(&pod.name, &pod.uid, now, PATIENCE).await.map_err(|no| match no {
+        NoJob::NotYet => Refusal(StatusCode::NO_CONTENT, ""),
+        NoJob::Never(why) => Refusal(StatusCode::GONE, why),
+    })?;
+    let forge = handle.state().link.as_ref().map(|link| link.forge.clone());
+    let Some(forge) = forge else {
+        handle.registration_failed(&pod.name, "the pool lost its forge");
+        return Err(Refusal(StatusCode::GONE, "the pool lost its forge"));
+    };
+    // From here on the caller may vanish at any moment; what was begun is finished and remembered all the same.
+    let (ctx, name) = (api.ctx.clone(), pod.name.clone());
+    let task = api.ctx.tasks.spawn(async move {
+        let result = forge.register(&job.key.repository, &name, &job.labels).await;
+        let registration = match result {
+            Ok(registration) => registration,
+            Err(error) => {
+                tracing::warn!(pool = %handle.key, pod = name, job = %job.key, %error, "a runner could not be registered");
+                handle.registration_failed(&name, &error.to_string());
+                ctx.registry.wake(handle.key.clone());
+                return Err(Refusal(StatusCode::GONE, "the forge did not register the runner"));
+            }
+        };
+        tracing::info!(pool = %handle.key, pod = name, job = %job.key, runner = registration.key.id, "registered a runner");
+        handle.registered(&name, registration.key, ctx.now());
+        Ok(registration.hand_over)
+    });
+    let secret = task.await.map_err(|_| Refusal(StatusCode::GONE, "the registration was interrupted"))??;
+    let headers = [(header::CONTENT_TYPE, "application/octet-stream"), (header::CACHE_CONTROL, "no-store")];
+    Ok((headers, secret.reveal().to_owned()).into_response())
+}
+
+/// The pool whose living pod this is.
+fn pool_of(ctx: &Context, identity: &PodIdentity) -> Result<Arc<PoolHandle>, Refusal> {
+    let reference = ObjectRef::new(&identity.name).within(&identity.namespace);
+    // A pod younger than the watch's last news comes back in a moment.
+    let Some(pod) = ctx.pods.get(&reference).filter(|pod| pod.uid().as_deref() == Some(&identity.uid)) else {
+        return Err(Refusal(StatusCode::SERVICE_UNAVAILABLE, "the pod is not known yet"));
+    };
+    if !matches!(phase(&pod), Phase::Alive { .. }) {
+        return Err(Refusal(StatusCode::GONE, "the pod is ending"));
+    }
+    let name = pod.labels().get(LABEL_POOL).cloned().unwrap_or_default();
+    let handle = ctx.registry.get(&PoolKey { namespace: identity.namespace.clone(), name });
+    handle
+        .filter(|handle| pod.owner_references().iter().any(|owner| owner.uid == handle.uid))
+        .ok_or(Refusal(StatusCode::GONE, "the pod belongs to no pool"))
+}

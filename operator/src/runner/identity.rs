@@ -1,0 +1,137 @@
+//! Whose pod is calling: a projected, audience-bound, pod-bound token, checked by the API server.
+//!
+//! Source: Kubernetes "Managing Service Accounts", section on bound tokens: a TokenReview of a bound token returns the pod's name
+//! and UID in `user.extra`. Where they are missing, nobody is let in.
+
+use std::time::Duration;
+
+use k8s_openapi::api::authentication::v1::TokenReview;
+use mayfly_crds::names::{GATE_AUDIENCE, RUNNER_SERVICE_ACCOUNT};
+use sha2::{Digest, Sha256};
+use tokio::sync::Semaphore;
+
+use crate::kube_io::{KubeIo, WriteError};
+
+const POD_NAME: &str = "authentication.kubernetes.io/pod-name";
+const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
+/// Longest token looked at, in bytes.
+const MAX_TOKEN: usize = 8 << 10;
+/// Reviews at the same time: what is not authenticated yet must not become a load on the API server.
+const REVIEWS: usize = 32;
+/// How long a review's result is remembered. Whether the pod still lives is checked at every call, from the watch.
+const REMEMBER: Duration = Duration::from_secs(300);
+
+/// A pod that proved who it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct PodIdentity {
+    pub(crate) namespace: String,
+    pub(crate) name: String,
+    pub(crate) uid: String,
+}
+
+/// Why a caller is not let in.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum IdentityError {
+    /// No, a wrong, or a foreign token.
+    #[error("{0}")]
+    Refused(&'static str),
+    /// The API server could not be asked.
+    #[error("the API server could not be asked: {0}")]
+    Unavailable(#[from] WriteError),
+}
+
+/// Checks tokens.
+pub(crate) struct Identities {
+    io: KubeIo,
+    known: moka::sync::Cache<[u8; 32], PodIdentity>,
+    reviews: Semaphore,
+}
+
+impl Identities {
+    pub(crate) fn new(io: KubeIo) -> Self {
+        let known = moka::sync::Cache::builder().max_capacity(10_000).time_to_live(REMEMBER).build();
+        Self { io, known, reviews: Semaphore::new(REVIEWS) }
+    }
+
+    /// The pod that this `Authorization` header speaks for.
+    pub(crate) async fn identify(&self, authorization: Option<&str>) -> Result<PodIdentity, IdentityError> {
+        let token = authorization
+            .and_then(|header| header.strip_prefix("Bearer "))
+            .filter(|token| !token.is_empty() && token.len() <= MAX_TOKEN)
+            .ok_or(IdentityError::Refused("a bearer token is required"))?;
+        let digest: [u8; 32] = Sha256::digest(token.as_bytes()).into();
+        if let Some(identity) = self.known.get(&digest) {
+            return Ok(identity);
+        }
+        let permit = self.reviews.acquire().await;
+        let review = self.io.review_token(token, GATE_AUDIENCE).await?;
+        drop(permit);
+        let identity = pod_of(&review).map_err(IdentityError::Refused)?;
+        self.known.insert(digest, identity.clone());
+        Ok(identity)
+    }
+}
+
+/// The pod a review speaks of; every doubt is a refusal.
+fn pod_of(review: &TokenReview) -> Result<PodIdentity, &'static str> {
+    let status = review.status.as_ref().ok_or("the API server did not judge the token")?;
+    if status.authenticated != Some(true) || status.error.as_ref().is_some_and(|error| !error.is_empty()) {
+        return Err("the token is not valid");
+    }
+    if !status.audiences.iter().flatten().any(|audience| audience == GATE_AUDIENCE) {
+        return Err("the token is meant for somebody else");
+    }
+    let user = status.user.as_ref().ok_or("the token names nobody")?;
+    let account = user.username.as_deref().and_then(|name| name.strip_prefix("system:serviceaccount:"));
+    let namespace = match account.and_then(|account| account.split_once(':')) {
+        Some((namespace, RUNNER_SERVICE_ACCOUNT)) => namespace,
+        _ => return Err("the token is not a runner pod's"),
+    };
+    let extra = |key: &str| match user.extra.as_ref().and_then(|extra| extra.get(key)).map(Vec::as_slice) {
+        Some([value]) if !value.is_empty() => Some(value.clone()),
+        _ => None,
+    };
+    match (extra(POD_NAME), extra(POD_UID)) {
+        (Some(name), Some(uid)) => Ok(PodIdentity { namespace: namespace.to_owned(), name, uid }),
+        _ => Err("the token is not bound to a pod"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn review(change: impl Fn(&mut Value)) -> Result<PodIdentity, &'static str> {
+        let mut review = json!({"spec": {}, "status": {
+            "authenticated": true, "audiences": [GATE_AUDIENCE],
+            "user": {"username": "system:serviceaccount:team:mayfly-runner", "extra": {POD_NAME: ["p"], POD_UID: ["u"]}}}});
+        change(&mut review);
+        pod_of(&serde_json::from_value(review).expect("a TokenReview"))
+    }
+
+    #[test]
+    fn a_runner_pods_token_names_its_pod() {
+        let pod = PodIdentity { namespace: "team".to_owned(), name: "p".to_owned(), uid: "u".to_owned() };
+        assert_eq!(review(|_| {}), Ok(pod));
+    }
+
+    #[test]
+    fn every_doubt_is_a_refusal() {
+        let changes: [fn(&mut Value); 9] = [
+            |r| r["status"] = Value::Null,
+            |r| r["status"]["authenticated"] = json!(false),
+            |r| r["status"]["error"] = json!("expired"),
+            |r| r["status"]["audiences"] = json!(["https://kubernetes.default.svc"]),
+            |r| r["status"]["audiences"] = Value::Null,
+            |r| r["status"]["user"]["username"] = json!("system:serviceaccount:team:default"),
+            |r| r["status"]["user"]["username"] = json!("admin"),
+            |r| r["status"]["user"]["extra"][POD_UID] = json!([]),
+            |r| r["status"]["user"]["extra"] = Value::Null,
+        ];
+        for (n, change) in changes.into_iter().enumerate() {
+            assert!(review(change).is_err(), "change {n}");
+        }
+    }
+}

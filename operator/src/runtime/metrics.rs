@@ -1,0 +1,103 @@
+//! What the process counts. Labels are words from closed sets, never names of objects.
+
+use std::sync::Arc;
+
+use prometheus_client::encoding::{EncodeLabelSet, text::encode};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::registry::Registry;
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Write {
+    verb: &'static str,
+    resource: String,
+    result: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Outcome {
+    outcome: &'static str,
+}
+
+/// The counters.
+#[derive(Clone)]
+pub(crate) struct Metrics {
+    registry: Arc<Registry>,
+    kube_writes: Family<Write, Counter>,
+    passes: Family<Outcome, Counter>,
+    pods_created: Counter,
+    pods_deleted: Family<Outcome, Counter>,
+    hand_overs: Family<Outcome, Counter>,
+    deregistrations: Family<Outcome, Counter>,
+    webhooks: Family<Outcome, Counter>,
+    forge_errors: Family<Outcome, Counter>,
+}
+
+impl Metrics {
+    /// All at zero.
+    pub(crate) fn new() -> Self {
+        let mut registry = Registry::with_prefix("mayfly");
+        let metrics = Self {
+            registry: Arc::default(),
+            kube_writes: Family::default(),
+            passes: Family::default(),
+            pods_created: Counter::default(),
+            pods_deleted: Family::default(),
+            hand_overs: Family::default(),
+            deregistrations: Family::default(),
+            webhooks: Family::default(),
+            forge_errors: Family::default(),
+        };
+        registry.register("kube_writes", "Writes to the API server", metrics.kube_writes.clone());
+        registry.register("passes", "Passes over a pool", metrics.passes.clone());
+        registry.register("pods_created", "Runner pods created", metrics.pods_created.clone());
+        registry.register("pods_deleted", "Runner pods deleted", metrics.pods_deleted.clone());
+        registry.register("hand_overs", "Answers to gates", metrics.hand_overs.clone());
+        registry.register("deregistrations", "Registrations removed other than by a job's end", metrics.deregistrations.clone());
+        registry.register("webhooks", "Webhook deliveries", metrics.webhooks.clone());
+        registry.register("forge_errors", "Passes that could not see the forge", metrics.forge_errors.clone());
+        Self { registry: Arc::new(registry), ..metrics }
+    }
+
+    /// OpenMetrics text.
+    pub(crate) fn encode(&self) -> String {
+        let mut text = String::new();
+        match encode(&mut text, &self.registry) {
+            Ok(()) => text,
+            Err(error) => format!("# {error}\n"),
+        }
+    }
+
+    pub(crate) fn kube_write(&self, verb: &'static str, resource: &str, ok: bool) {
+        let result = if ok { "ok" } else { "error" };
+        self.kube_writes.get_or_create(&Write { verb, resource: resource.to_owned(), result }).inc();
+    }
+
+    pub(crate) fn pass(&self, outcome: &'static str) {
+        self.passes.get_or_create(&Outcome { outcome }).inc();
+    }
+
+    pub(crate) fn pod_created(&self) {
+        self.pods_created.inc();
+    }
+
+    pub(crate) fn pod_deleted(&self, outcome: &'static str) {
+        self.pods_deleted.get_or_create(&Outcome { outcome }).inc();
+    }
+
+    pub(crate) fn hand_over(&self, outcome: &'static str) {
+        self.hand_overs.get_or_create(&Outcome { outcome }).inc();
+    }
+
+    pub(crate) fn deregistered(&self, outcome: &'static str) {
+        self.deregistrations.get_or_create(&Outcome { outcome }).inc();
+    }
+
+    pub(crate) fn webhook(&self, outcome: &'static str) {
+        self.webhooks.get_or_create(&Outcome { outcome }).inc();
+    }
+
+    pub(crate) fn forge_error(&self, outcome: &'static str) {
+        self.forge_errors.get_or_create(&Outcome { outcome }).inc();
+    }
+}

@@ -1,0 +1,148 @@
+//! The skeleton of the process: watches, servers, shutdown. Any part that ends by itself ends the process.
+
+pub(crate) mod health;
+pub(crate) mod metrics;
+mod watches;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow};
+use axum::Router;
+use axum_server::Handle;
+use axum_server::tls_rustls::RustlsConfig;
+use futures::future::BoxFuture;
+use kube::Client;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinSet;
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::cli::Settings;
+use crate::forge::gitea::Gitea;
+use crate::kube_io::KubeIo;
+use crate::pool::{self, Context, Pools};
+use crate::runner::{handoff, tls};
+
+/// How long open requests and passes may take to end.
+const GRACE: Duration = Duration::from_secs(8);
+
+/// Runs the controller until a signal comes or a part of it fails.
+pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
+    rustls::crypto::aws_lc_rs::default_provider()
+        .install_default()
+        .map_err(|_| anyhow!("another TLS provider is already installed"))?;
+    let metrics = metrics::Metrics::new();
+    let health = health::Health::new(metrics.clone(), &["watches", "certificate"]);
+    let stop = CancellationToken::new();
+    let mut parts: JoinSet<Result<&'static str>> = JoinSet::new();
+    serve_plain(&mut parts, "health", settings.health_address, health.router(), &stop);
+
+    let mut config = kube::Config::infer().await.context("no cluster: neither a kubeconfig nor a pod's service account was found")?;
+    config.headers.push((axum::http::header::USER_AGENT, axum::http::HeaderValue::from_static(crate::kube_io::MANAGER)));
+    let client = Client::try_from(config).context("the cluster's configuration cannot be used")?;
+    let namespace = settings.cluster.operator_namespace.clone();
+    let gate_tls = tls::load_or_create(&client, &namespace, &settings.gate_secret, &settings.gate_names).await?;
+    settings.pods.gate_ca = gate_tls.authority.clone();
+    health.done("certificate");
+
+    let (registry, wakes) = Pools::new();
+    let registry = Arc::new(registry);
+    let (stores, root) = watches::start(&client, &namespace, &registry, &mut parts, &stop);
+    let pools = stores.pools.clone();
+    let ctx = Arc::new(Context {
+        io: KubeIo::new(client, settings.instance.clone(), metrics.clone()),
+        http: Gitea::http_client(settings.forge_ca.as_deref()).context("HTTP client")?,
+        metrics,
+        registry,
+        pools: stores.pools.clone(),
+        pods: stores.pods.clone(),
+        secrets: stores.secrets.clone(),
+        policies: stores.policies.clone(),
+        nodes: stores.nodes.clone(),
+        tasks: TaskTracker::new(),
+        settings,
+    });
+    let tls = RustlsConfig::from_pem(gate_tls.certificate.into_bytes(), gate_tls.key.reveal().as_bytes().to_vec()).await?;
+    serve_tls(&mut parts, "gate", ctx.settings.gate_address, handoff::router(ctx.clone()), tls, &stop);
+    serve_plain(&mut parts, "webhooks", ctx.settings.webhook_address, pool::hints::router(ctx.clone()), &stop);
+
+    let (controller_ctx, token, gate) = (ctx.clone(), stop.clone(), health.clone());
+    parts.spawn(async move {
+        // Nothing is decided before everything was seen once. The root watch is driven by the controller itself.
+        stores.wait_but_root().await?;
+        gate.done("watches");
+        pool::run(controller_ctx, pools, root, UnboundedReceiverStream::new(wakes), token).await;
+        Ok("controller")
+    });
+
+    let ended = tokio::select! {
+        ended = parts.join_next() => match ended {
+            Some(Ok(Ok(part))) => Err(anyhow!("{part} ended by itself")),
+            Some(Ok(Err(error))) => Err(error),
+            Some(Err(error)) => Err(anyhow!("a part of the process died: {error}")),
+            None => Err(anyhow!("nothing runs")),
+        },
+        signal = end_signal() => signal,
+    };
+    stop.cancel();
+    let drain = async {
+        while parts.join_next().await.is_some() {}
+        ctx.tasks.close();
+        ctx.tasks.wait().await;
+    };
+    if tokio::time::timeout(GRACE, drain).await.is_err() {
+        tracing::warn!("not everything ended in time");
+    }
+    ended
+}
+
+async fn end_signal() -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = terminate.recv() => tracing::info!("SIGTERM"),
+        _ = interrupt.recv() => tracing::info!("SIGINT"),
+    }
+    Ok(())
+}
+
+fn serve_plain(parts: &mut JoinSet<Result<&'static str>>, name: &'static str, address: SocketAddr, router: Router, stop: &CancellationToken) {
+    let handle = Handle::new();
+    let server = axum_server::bind(address).handle(handle.clone()).serve(router.into_make_service());
+    serve(parts, name, address, handle, Box::pin(server), stop);
+}
+
+fn serve_tls(
+    parts: &mut JoinSet<Result<&'static str>>,
+    name: &'static str,
+    address: SocketAddr,
+    router: Router,
+    tls: RustlsConfig,
+    stop: &CancellationToken,
+) {
+    let handle = Handle::new();
+    let server = axum_server::bind_rustls(address, tls).handle(handle.clone()).serve(router.into_make_service());
+    serve(parts, name, address, handle, Box::pin(server), stop);
+}
+
+fn serve(
+    parts: &mut JoinSet<Result<&'static str>>,
+    name: &'static str,
+    address: SocketAddr,
+    handle: Handle<SocketAddr>,
+    server: BoxFuture<'static, std::io::Result<()>>,
+    stop: &CancellationToken,
+) {
+    let stop = stop.clone();
+    parts.spawn(async move {
+        tracing::info!(%address, "{name} listens");
+        tokio::select! {
+            result = server => result.with_context(|| format!("{name} on {address}"))?,
+            () = stop.cancelled() => handle.graceful_shutdown(Some(Duration::from_secs(2))),
+        }
+        Ok(name)
+    });
+}

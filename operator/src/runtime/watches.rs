@@ -1,0 +1,153 @@
+//! What the process watches, each once for all pools, stripped of what nobody reads.
+
+use std::fmt::Debug;
+use std::hash::Hash;
+use std::sync::Arc;
+
+use anyhow::{Result, anyhow};
+use futures::{Stream, StreamExt, TryStreamExt};
+use k8s_openapi::api::core::v1::{Node, NodeStatus, Pod, Secret};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
+use kube::api::Api;
+use kube::runtime::reflector::{self, Store, store::Writer};
+use kube::runtime::watcher::{self, watcher};
+use kube::runtime::{WatchStreamExt, predicates};
+use kube::{Client, Resource, ResourceExt};
+use mayfly_crds::names::{LABEL_POOL, managed_selector};
+use serde::de::DeserializeOwned;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::pool::{Guarded, PoolKey, Pools};
+
+/// The caches.
+#[derive(Clone)]
+pub(super) struct Stores {
+    pub(super) pools: Store<Guarded>,
+    pub(super) pods: Store<Pod>,
+    pub(super) secrets: Store<Secret>,
+    pub(super) policies: Store<NetworkPolicy>,
+    pub(super) nodes: Store<Node>,
+}
+
+impl Stores {
+    /// Waits until every cache but the pools' was filled once.
+    pub(super) async fn wait_but_root(&self) -> Result<()> {
+        let ended = |_| anyhow!("a watch ended before it began");
+        self.pods.wait_until_ready().await.map_err(ended)?;
+        self.secrets.wait_until_ready().await.map_err(ended)?;
+        self.policies.wait_until_ready().await.map_err(ended)?;
+        self.nodes.wait_until_ready().await.map_err(ended)
+    }
+}
+
+/// Starts the watches. The stream is the pools' own, which the controller drives.
+pub(super) fn start(
+    client: &Client,
+    namespace: &str,
+    registry: &Arc<Pools>,
+    parts: &mut JoinSet<Result<&'static str>>,
+    stop: &CancellationToken,
+) -> (Stores, impl Stream<Item = Result<Guarded, watcher::Error>> + Send + 'static + use<>) {
+    let managed = watcher::Config::default().labels(&managed_selector());
+    let (pools, writer) = reflector::store();
+    let root = watcher(Api::<Guarded>::all(client.clone()), watcher::Config::default())
+        .default_backoff()
+        .modify(|pool| pool.managed_fields_mut().clear())
+        .reflect(writer)
+        .applied_objects()
+        .predicate_filter(combined(), kube::runtime::PredicateConfig::default());
+
+    let wake_of = |registry: &Arc<Pools>| {
+        let registry = registry.clone();
+        move |namespace: Option<String>, pool: Option<&String>| {
+            if let (Some(namespace), Some(name)) = (namespace, pool) {
+                registry.wake(PoolKey { namespace, name: name.clone() });
+            }
+        }
+    };
+    let wake = wake_of(registry);
+    let pods = watch(parts, stop, "pods", Api::<Pod>::all(client.clone()), managed.clone(), strip_pod, move |pod: &Pod| {
+        wake(pod.namespace(), pod.labels().get(LABEL_POOL));
+    });
+    let wake = wake_of(registry);
+    let policies =
+        watch(parts, stop, "policies", Api::<NetworkPolicy>::all(client.clone()), managed, strip, move |policy: &NetworkPolicy| {
+            wake(policy.namespace(), policy.labels().get(LABEL_POOL));
+        });
+    // A token that comes late or changes: every pool looks again.
+    let all = registry.clone();
+    let secrets = watch(
+        parts,
+        stop,
+        "secrets",
+        Api::<Secret>::namespaced(client.clone(), namespace),
+        watcher::Config::default(),
+        strip,
+        move |_: &Secret| all.all().iter().for_each(|handle| all.wake(handle.key.clone())),
+    );
+    let nodes = watch(parts, stop, "nodes", Api::<Node>::all(client.clone()), watcher::Config::default(), strip_node, |_: &Node| {});
+    (Stores { pools, pods, secrets, policies, nodes }, root)
+}
+
+fn combined() -> impl kube::runtime::Predicate<Guarded> {
+    use kube::runtime::Predicate;
+    // Generation alone would swallow the update that adds the finalizer.
+    predicates::generation.combine(predicates::finalizers)
+}
+
+/// One reflector as a part of the process; `touched` sees every object that came, changed or went.
+fn watch<K>(
+    parts: &mut JoinSet<Result<&'static str>>,
+    stop: &CancellationToken,
+    name: &'static str,
+    api: Api<K>,
+    config: watcher::Config,
+    strip: fn(&mut K),
+    touched: impl Fn(&K) + Send + Sync + 'static,
+) -> Store<K>
+where
+    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
+    K::DynamicType: Eq + Hash + Clone + Default,
+{
+    let writer = Writer::<K>::default();
+    let store = writer.as_reader();
+    let stream = watcher(api, config).default_backoff().modify(strip).reflect(writer).touched_objects();
+    let stop = stop.clone();
+    parts.spawn(async move {
+        let watching = stream
+            .inspect_err(|error| tracing::warn!(%error, "watch of {name}"))
+            .for_each(|object| {
+                if let Ok(object) = &object {
+                    touched(object);
+                }
+                futures::future::ready(())
+            });
+        tokio::select! { () = watching => {}, () = stop.cancelled() => {} }
+        Ok(name)
+    });
+    store
+}
+
+fn strip<K: Resource>(object: &mut K) {
+    object.meta_mut().managed_fields = None;
+}
+
+/// Of a pod: who it is, and how it fares.
+fn strip_pod(pod: &mut Pod) {
+    strip(pod);
+    pod.spec = None;
+}
+
+/// Of a node: whether it takes pods, what its runtime can do, and where it is.
+fn strip_node(node: &mut Node) {
+    strip(node);
+    node.metadata.annotations = None;
+    if let Some(status) = &mut node.status {
+        *status = NodeStatus {
+            runtime_handlers: status.runtime_handlers.take(),
+            addresses: status.addresses.take(),
+            ..NodeStatus::default()
+        };
+    }
+}
