@@ -13,11 +13,12 @@ import (
 	_ "github.com/coredns/coredns/plugin/hosts"
 	_ "github.com/coredns/coredns/plugin/kubernetes"
 	_ "github.com/coredns/coredns/plugin/ready"
+	_ "github.com/coredns/coredns/plugin/template"
 )
 
 // The order in which plugins see a query, which CoreDNS takes from this list and not from the Corefile.
 func init() {
-	dnsserver.Directives = []string{"errors", "health", "ready", "cache", "hosts", "kubernetes", "forward"}
+	dnsserver.Directives = []string{"errors", "health", "ready", "cache", "hosts", "kubernetes", "template", "forward"}
 }
 
 func main() {

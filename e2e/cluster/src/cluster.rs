@@ -1,0 +1,181 @@
+//! A cluster as tests, benchmarks and the demo use it, whoever provides it.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+
+use anyhow::{Context, Result, bail};
+
+use crate::command::command;
+use crate::engine::Engine;
+use crate::forge::{self, Forge};
+use crate::layout::{FORGE_PORT, Layout, NODE_NAME, OUTSIDE_DOMAIN, OUTSIDE_IP, World};
+use crate::local::{self, Options, Saved};
+use crate::process::{Daemon, recorded, search_path, stop};
+use crate::progress::Progress;
+use crate::{images, net};
+
+/// Name of the cluster when nobody chose one.
+pub const DEFAULT_NAME: &str = "mayfly";
+
+/// A cluster that is up.
+#[derive(Clone, Debug)]
+pub struct Cluster {
+    layout: Layout,
+    saved: Saved,
+}
+
+/// The forge of a cluster.
+#[derive(Clone, Debug)]
+pub struct ForgeAccess {
+    /// Its address for pods, and in everything it says about itself.
+    pub url: String,
+    /// Its address for this machine, which does not know the cluster's names.
+    pub local_url: String,
+    /// Its IP address, for network policies.
+    pub ip: String,
+    /// Its port.
+    pub port: u16,
+    /// Name of its administrator.
+    pub admin: String,
+    /// The administrator's password.
+    pub admin_password: String,
+    /// The administrator's token, with all scopes.
+    pub admin_token: String,
+}
+
+impl ForgeAccess {
+    /// A client with the administrator's token.
+    pub fn client(&self) -> Forge {
+        Forge::new(&self.local_url, &self.admin_token)
+    }
+}
+
+impl Cluster {
+    /// The cluster that is up under the name in `MAYFLY_E2E_NAME`, or `mayfly`. Does not look whether it is healthy.
+    pub fn connect() -> Result<Self> {
+        Self::connect_to(&default_name())
+    }
+
+    /// The cluster of that name.
+    pub fn connect_to(name: &str) -> Result<Self> {
+        let layout = Layout::new(name)?;
+        let saved = Saved::read(&layout).with_context(|| format!("cluster {name} is not up; run `cluster up`"))?;
+        Ok(Self { layout, saved })
+    }
+
+    /// Brings the cluster up, or makes sure that it is.
+    pub fn up(options: Options, progress: &Progress) -> Result<Self> {
+        let name = default_name();
+        local::up(&Layout::new(&name)?, options, progress)?;
+        Self::connect_to(&name)
+    }
+
+    /// Takes the cluster down.
+    pub fn down(self, purge: bool, progress: &Progress) -> Result<()> {
+        local::down(&self.layout, purge, progress)
+    }
+
+    /// Names and paths.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The administrator's kubeconfig.
+    pub fn kubeconfig(&self) -> PathBuf {
+        self.layout.kubeconfig()
+    }
+
+    /// Name of the node.
+    pub fn node(&self) -> &'static str {
+        NODE_NAME
+    }
+
+    /// What connects pods.
+    pub fn engine(&self) -> Engine {
+        self.saved.engine
+    }
+
+    /// The API server's audit log: one JSON object a line, of kind `audit.k8s.io/v1 Event`, level Metadata. At 200 MB it is renamed to
+    /// `audit-TIME.log` beside it.
+    pub fn audit_log(&self) -> PathBuf {
+        self.layout.at("log/audit.log")
+    }
+
+    /// The forge.
+    pub fn forge(&self) -> Result<ForgeAccess> {
+        if !self.saved.forge {
+            bail!("cluster {} was brought up without a forge; run `cluster up`", self.layout.name());
+        }
+        Ok(ForgeAccess {
+            url: format!("http://forge.{OUTSIDE_DOMAIN}:{FORGE_PORT}"),
+            local_url: format!("http://{OUTSIDE_IP}:{FORGE_PORT}"),
+            ip: OUTSIDE_IP.to_owned(),
+            port: FORGE_PORT,
+            admin: forge::ADMIN.to_owned(),
+            admin_password: forge::admin_password(&self.layout)?,
+            admin_token: forge::admin_token(&self.layout)?,
+        })
+    }
+
+    /// Puts an image (a file that `docker save`, `skopeo` or [`images::Recipe`] wrote) into the node. Returns whether it was not there
+    /// yet.
+    pub fn load_image(&self, archive: &Path) -> Result<bool> {
+        images::load(&self.layout, archive)
+    }
+
+    /// `kubectl` as the administrator.
+    pub fn kubectl(&self) -> Command {
+        crate::control_plane::kubectl(&self.layout)
+    }
+
+    /// A command that will run in a namespace of the cluster, with the cluster's programs on its path and its kubeconfig.
+    pub fn command_in<I, S>(&self, world: World, argv: I) -> Command
+    where
+        I: IntoIterator<Item = S>,
+        S: AsRef<std::ffi::OsStr>,
+    {
+        let layout = &self.layout;
+        let mut nsenter = command("nsenter", [
+            format!("--net={}", layout.netns_file(world).display()),
+            format!("--mount={}", layout.mntns_file(world).display()),
+            "--wdns=/".to_owned(),
+            "--".to_owned(),
+        ]);
+        nsenter.args(argv).env("PATH", search_path(layout)).env("KUBECONFIG", layout.kubeconfig());
+        nsenter
+    }
+
+    /// Runs a command in a namespace of the cluster, with this program's standard input and outputs.
+    pub fn run_in<I, S>(&self, world: World, argv: I) -> Result<ExitStatus>
+    where
+        I: IntoIterator<Item = S>,
+        S: AsRef<std::ffi::OsStr>,
+    {
+        self.command_in(world, argv).status().context("cannot start nsenter; is util-linux installed?")
+    }
+
+    /// Starts a program in the outside world under a name, unless it runs: a decoy, a cloud. It writes to `log/NAME.log`, outlives this
+    /// program and ends with the cluster.
+    pub fn start_outside(&self, name: &str, argv: &[&str]) -> Result<()> {
+        let (program, args) = argv.split_first().context("nothing to start")?;
+        Daemon::new(name, World::Outside, PathBuf::from(program)).args(args.iter().copied()).ensure(&self.layout).map(drop)
+    }
+
+    /// Stops what [`start_outside`](Self::start_outside) started.
+    pub fn stop_outside(&self, name: &str) -> Result<()> {
+        if recorded(&self.layout, name).is_none() {
+            return Ok(());
+        }
+        stop(&self.layout, &[name], std::time::Duration::from_secs(5))
+    }
+
+    /// Adds an address, such as `198.51.100.10/32`, that programs of the outside world can listen on. 169.254.169.254 is there already.
+    pub fn add_outside_address(&self, cidr: &str) -> Result<()> {
+        net::add_outside_address(&self.layout, cidr)
+    }
+}
+
+/// The cluster's name: `MAYFLY_E2E_NAME`, or [`DEFAULT_NAME`].
+pub fn default_name() -> String {
+    std::env::var("MAYFLY_E2E_NAME").unwrap_or_else(|_| DEFAULT_NAME.to_owned())
+}

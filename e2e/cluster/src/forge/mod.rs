@@ -1,0 +1,7 @@
+//! The forge: Gitea, in the outside world, and a client of its REST interface for tests and demos.
+
+mod client;
+mod server;
+
+pub use client::{CallError, Forge, Job, Run, Runner, Scope};
+pub use server::{ADMIN, admin_password, admin_token, ensure, healthy, stop_part};

@@ -1,0 +1,222 @@
+//! The network: the node and the outside world in namespaces of their own, and this machine beside them.
+//!
+//! ```text
+//!   this machine                    outside world                       node
+//!   NAME-host 172.30.1.1/30 ------- host0 172.30.1.2
+//!                                   eth0  172.30.0.254/24 ------------- eth0 172.30.0.1/24
+//!                                   lo    169.254.169.254                pods 10.244.0.0/16, Services 10.96.0.0/16
+//! ```
+//!
+//! This machine has routes to node, pods and Services through the outside world. The other way round only answers pass, and
+//! nothing is ever translated towards the machine's own network: a pod cannot reach it.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::command::{command, feed, output, run, succeeds, wait_for, write_file};
+use crate::layout::{
+    DNS_IP, HOST_IP, HOST_LINK_OUTSIDE_IP, Layout, METADATA_IP, NODE_CIDR, NODE_IP, OUTSIDE_IP, POD_CIDR, SERVICE_CIDR, World,
+};
+
+/// Makes what is missing of namespaces, links and routes.
+pub fn create(layout: &Layout) -> Result<()> {
+    if is_complete(layout) {
+        return Ok(());
+    }
+    remove(layout)?;
+    refuse_conflicts(layout)?;
+    let (node, outside, host) = (layout.netns(World::Node), layout.netns(World::Outside), layout.host_link());
+    let sysctl = "net.ipv4.ip_forward=1";
+    for netns in [&node, &outside] {
+        run(&mut command("ip", ["netns", "add", netns])).with_context(|| {
+            format!("cannot make the network namespace {netns}; this needs root and a kernel with network namespaces")
+        })?;
+    }
+    ip(&[
+        &format!("link add eth0 netns {node} type veth peer name eth0 netns {outside}"),
+        &format!("link add {host} type veth peer name host0 netns {outside}"),
+    ])?;
+    ip_in(&node, &[
+        "link set lo up",
+        &format!("addr add {NODE_IP}/24 dev eth0"),
+        "link set eth0 up",
+        &format!("route add default via {OUTSIDE_IP}"),
+    ])?;
+    ip_in(&outside, &[
+        "link set lo up",
+        &format!("addr add {METADATA_IP}/32 dev lo"),
+        &format!("addr add {OUTSIDE_IP}/24 dev eth0"),
+        "link set eth0 up",
+        &format!("addr add {HOST_LINK_OUTSIDE_IP}/30 dev host0"),
+        "link set host0 up",
+        &format!("route add {POD_CIDR} via {NODE_IP}"),
+        &format!("route add {SERVICE_CIDR} via {NODE_IP}"),
+    ])?;
+    ip(&[
+        &format!("addr add {HOST_IP}/30 dev {host}"),
+        &format!("link set {host} up"),
+        &format!("route add {NODE_CIDR} via {HOST_LINK_OUTSIDE_IP}"),
+        &format!("route add {POD_CIDR} via {HOST_LINK_OUTSIDE_IP}"),
+        &format!("route add {SERVICE_CIDR} via {HOST_LINK_OUTSIDE_IP}"),
+    ])?;
+    for netns in [&node, &outside] {
+        run(&mut command("ip", ["netns", "exec", netns, "sysctl", "-qw", sysctl]))?;
+    }
+    // Answers may pass to this machine, questions may not.
+    let firewall = "table inet mayfly {
+        chain forward {
+            type filter hook forward priority filter; policy accept;
+            oifname \"host0\" ct state established,related accept
+            oifname \"host0\" drop
+        }
+    }";
+    feed(&mut command("ip", ["netns", "exec", &outside, "nft", "-f", "-"]), firewall)?;
+    Ok(())
+}
+
+/// Makes the mount namespaces of node and outside world, which keep what the node mounts away from this machine.
+pub fn create_mount_namespaces(layout: &Layout) -> Result<()> {
+    let folder = layout.at("ns");
+    let resolv = layout.at("resolv.conf");
+    write_file(&resolv, &format!("nameserver {DNS_IP}\nsearch {}\noptions ndots:1\n", "cluster.local"))?;
+    if !is_mountpoint(&folder)? {
+        std::fs::create_dir_all(&folder)?;
+        run(&mut command("mount", ["--bind".as_ref(), folder.as_os_str(), folder.as_os_str()]))?;
+        run(&mut command("mount", ["--make-private".as_ref(), folder.as_os_str()]))?;
+    }
+    for world in [World::Node, World::Outside] {
+        let file = layout.mntns_file(world);
+        if is_mountpoint(&file)? {
+            continue;
+        }
+        write_file(&file, "")?;
+        let script = match world {
+            World::Node => NODE_MOUNTS,
+            World::Outside => OUTSIDE_MOUNTS,
+        };
+        run(command("unshare", [format!("--mount={}", file.display())])
+            .args(["--propagation", "slave", "sh", "-euc", script])
+            .env("RESOLV", &resolv))
+        .with_context(|| format!("cannot make the mount namespace of the {}", world.as_str()))?;
+    }
+    Ok(())
+}
+
+/// Container runtimes keep sockets, network namespaces and locks in /run, and the kubelet links logs into /var/log: in memory
+/// here, so that none of it survives the node. Shared among the node's processes, because kubelet and containerd mount for one
+/// another.
+const NODE_MOUNTS: &str = r#"
+mount --make-rshared /
+resolv=$(readlink -m /etc/resolv.conf)
+mount -t tmpfs -o mode=755 tmpfs /run
+mount -t tmpfs -o mode=755 tmpfs /var/log
+mkdir -p /run/lock /run/netns
+case $resolv in /run/*) mkdir -p "$(dirname "$resolv")"; : > "$resolv";; esac
+mount --bind "$RESOLV" /etc/resolv.conf
+"#;
+
+/// Names of the cluster resolve in the outside world too, and no others.
+const OUTSIDE_MOUNTS: &str = r#"
+mount --make-rprivate /
+resolv=$(readlink -m /etc/resolv.conf)
+case $resolv in /run/*) mount -t tmpfs -o mode=755 tmpfs /run; mkdir -p "$(dirname "$resolv")"; : > "$resolv";; esac
+mount --bind "$RESOLV" /etc/resolv.conf
+"#;
+
+/// Adds an address that the outside world answers for, e.g. a decoy's.
+pub fn add_outside_address(layout: &Layout, cidr: &str) -> Result<()> {
+    run(&mut command("ip", ["-n", &layout.netns(World::Outside), "addr", "replace", cidr, "dev", "lo"]))
+}
+
+/// Removes mount and network namespaces, and with them every link, route and rule. Nothing may run in them any more.
+pub fn remove(layout: &Layout) -> Result<()> {
+    for netns in [layout.netns(World::Node), layout.netns(World::Outside)] {
+        if Path::new("/run/netns").join(&netns).exists() {
+            run(&mut command("ip", ["netns", "del", &netns]))?;
+        }
+    }
+    // The kernel takes a namespace apart, and our end of the link with it, a moment after its last user is gone.
+    let host = layout.host_link();
+    let device = Path::new("/sys/class/net").join(&host);
+    if device.exists() && !succeeds(&mut command("ip", ["link", "del", &host])) {
+        wait_for("removal of the link to the cluster", Duration::from_secs(10), Duration::from_millis(50), || {
+            if device.exists() { bail!("{host} is still there") } else { Ok(()) }
+        })?;
+    }
+    remove_empty_netns_folder()
+}
+
+/// Takes away the mount namespaces' files.
+pub fn remove_mount_namespaces(layout: &Layout) -> Result<()> {
+    let below = layout.state();
+    let mut mounts: Vec<String> = mountpoints()?.into_iter().filter(|mount| Path::new(mount).starts_with(&below)).collect();
+    // Deepest first.
+    mounts.sort_by_key(|mount| std::cmp::Reverse(mount.len()));
+    for mount in mounts {
+        run(&mut command("umount", [&mount])).with_context(|| format!("{mount} is in use; see `fuser -vm {mount}`"))?;
+    }
+    Ok(())
+}
+
+/// Whether namespaces and links are as [`create`] makes them.
+pub fn is_complete(layout: &Layout) -> bool {
+    Path::new("/sys/class/net").join(layout.host_link()).exists()
+        && [World::Node, World::Outside].into_iter().all(|world| {
+            layout.netns_file(world).exists()
+                && succeeds(&mut command("ip", ["-n", &layout.netns(world), "link", "show", "eth0"]))
+        })
+}
+
+/// Whether anything of the network is there.
+pub fn exists(layout: &Layout) -> bool {
+    Path::new("/sys/class/net").join(layout.host_link()).exists()
+        || [World::Node, World::Outside].into_iter().any(|world| layout.netns_file(world).exists())
+}
+
+/// Two clusters, or a cluster and a VPN, may want the same addresses: say so instead of taking them over.
+fn refuse_conflicts(layout: &Layout) -> Result<()> {
+    for cidr in [NODE_CIDR, POD_CIDR, SERVICE_CIDR] {
+        let taken = output(&mut command("ip", ["-4", "route", "show", cidr]))?;
+        let taken = taken.trim();
+        if !taken.is_empty() && !taken.contains(&format!("dev {}", layout.host_link())) {
+            bail!(
+                "this machine already routes {cidr} elsewhere ({taken}). If that is another test cluster, stop it with \
+                 `cluster --name NAME down`; otherwise that network and this cluster cannot be used at the same time"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// `ip netns` leaves its folder mounted on itself.
+fn remove_empty_netns_folder() -> Result<()> {
+    let folder = Path::new("/run/netns");
+    let empty = std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none());
+    if empty {
+        if is_mountpoint(folder)? {
+            run(&mut command("umount", ["/run/netns"]))?;
+        }
+        // Somebody may just have made a namespace.
+        let _ = std::fs::remove_dir(folder);
+    }
+    Ok(())
+}
+
+fn is_mountpoint(path: &Path) -> Result<bool> {
+    Ok(mountpoints()?.iter().any(|mount| Path::new(mount) == path))
+}
+
+fn mountpoints() -> Result<Vec<String>> {
+    let table = std::fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
+    Ok(table.lines().filter_map(|line| line.split(' ').nth(4)).map(str::to_owned).collect())
+}
+
+fn ip(batch: &[&str]) -> Result<()> {
+    feed(&mut command("ip", ["-batch", "-"]), &batch.join("\n")).map(drop)
+}
+
+fn ip_in(netns: &str, batch: &[&str]) -> Result<()> {
+    feed(&mut command("ip", ["-n", netns, "-batch", "-"]), &batch.join("\n")).map(drop)
+}
