@@ -1,0 +1,250 @@
+//! The whole story in the terminal: a push, a queued job, a locked-down pod of its own, its log, and nothing left.
+
+use std::collections::BTreeSet;
+use std::io::Write;
+use std::net::TcpListener;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Parser, Subcommand};
+use futures::{StreamExt, TryStreamExt};
+use k8s_openapi::api::core::v1::Pod;
+use kube::runtime::watcher::{Config, Event, watcher};
+use kube::{Api, ResourceExt};
+use mayfly_cluster::command::run;
+use mayfly_cluster::forge::{Job, Scope};
+use mayfly_cluster::{Cluster, Options, Progress, World as Where};
+use mayfly_crds::names::{ANNOTATION_JOB, LABEL_POOL};
+use mayfly_e2e::forge::Organization;
+use mayfly_e2e::wait::eventually;
+use mayfly_e2e::{World, install, pool};
+
+const ORGANIZATION: &str = "demo";
+const REPOSITORY: &str = "hello";
+const NAMESPACE: &str = "mayfly-demo";
+const POOL: &str = "demo";
+const METADATA: &str = "169.254.169.254:80";
+const WORKFLOW: &str = include_str!("../../demo/hello.yml");
+
+/// Shows Mayfly at work on a cluster and a forge on this machine.
+#[derive(Parser)]
+#[command(version, about)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Play a cloud's metadata endpoint: answer on this address until ended. (The demo starts this in the outside world.)
+    #[command(hide = true)]
+    Decoy {
+        /// Address and port.
+        address: String,
+    },
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Some(Command::Decoy { address }) => decoy(&address),
+        None => demo().await,
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            say(&format!("demo failed: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn demo() -> Result<()> {
+    let progress = Progress::stderr();
+    let cluster = Cluster::up(Options::default(), &progress)?;
+    install::install(&cluster, &progress)?;
+    let world = World::connect().await?;
+    start_decoy(&world).await?;
+
+    let step = progress.step("forge and pool");
+    let organization = Organization::create(&world, ORGANIZATION)?;
+    let forge = organization.client(&world);
+    forge.create_repo(ORGANIZATION, REPOSITORY, false)?;
+    pool::namespace(&world, NAMESPACE).await?;
+    pool::secret(&world, &organization).await?;
+    let served = pool::apply(&world, &pool::manifest(&world, NAMESPACE, POOL, &organization, |_| {})).await?;
+    let hook = install::webhook_url(&cluster, NAMESPACE, POOL)?;
+    replace_hook(&forge, &hook, &organization.webhook_secret)?;
+    pool::condition(&world, NAMESPACE, POOL, "Ready", "True").await?;
+    step.done("RunnerPool mayfly-demo/demo is Ready");
+
+    let seen: BTreeSet<i64> = forge.jobs(&Scope::repository(ORGANIZATION, REPOSITORY), None)?.iter().map(|job| job.id).collect();
+    let story = Story { began: Instant::now() };
+    let stamp = format!("# pushed by the demo {}\n", mayfly_cluster::command::random_hex(4)?);
+    forge.put_file(ORGANIZATION, REPOSITORY, "main", ".gitea/workflows/hello.yml", format!("{stamp}{WORKFLOW}").as_bytes(), "Say hello")?;
+    story.tell("pushed .gitea/workflows/hello.yml to demo/hello");
+
+    let watching = tokio::spawn(watch_pods(world.clone(), story));
+    let jobs = follow(&forge, &seen, &story).await?;
+    let log = eventually("the log of the job", Duration::from_secs(20), || async {
+        let log = forge.job_log(ORGANIZATION, REPOSITORY, jobs[0].id)?;
+        Ok(log.contains("hello is done").then_some(log))
+    })
+    .await?;
+    pool::nothing_left(&world, ORGANIZATION, &served).await?;
+    story.tell("no pod and no registration is left");
+    watching.abort();
+
+    say("\n--- what the job saw -------------------------------------------------------");
+    for line in log.lines().filter_map(|line| line.split_once("| ")).map(|(_, text)| text) {
+        say(line);
+    }
+    say("-----------------------------------------------------------------------------");
+    check_log(&log)?;
+    look_around(&world);
+
+    let pods = pool::pods(&world, NAMESPACE, POOL).await?.len();
+    let registrations = pool::registrations(&world.forge, ORGANIZATION, &served)?.len();
+    let ran = jobs.iter().filter(|job| job.conclusion == "success").count();
+    say(&format!("demo: {ran} jobs ran, {pods} pods left, {registrations} registrations left"));
+    ensure!(ran == jobs.len() && ran > 0, "{} of {} jobs succeeded", ran, jobs.len());
+    ensure!(pods == 0 && registrations == 0, "something is left");
+    Ok(())
+}
+
+#[derive(Clone, Copy)]
+struct Story {
+    began: Instant,
+}
+
+impl Story {
+    fn tell(&self, what: &str) {
+        say(&format!("{:>7.2}s  {what}", self.began.elapsed().as_secs_f64()));
+    }
+}
+
+/// Follows the new jobs until all are over.
+async fn follow(forge: &mayfly_cluster::Forge, seen: &BTreeSet<i64>, story: &Story) -> Result<Vec<Job>> {
+    let mut told: BTreeSet<(i64, String)> = BTreeSet::new();
+    let scope = Scope::repository(ORGANIZATION, REPOSITORY);
+    let told = &mut told;
+    let began = Instant::now();
+    loop {
+        let mut jobs = forge.jobs(&scope, None)?;
+        jobs.retain(|job| !seen.contains(&job.id));
+        for job in &jobs {
+            if told.insert((job.id, job.status.clone())) {
+                story.tell(&format!("job {} \"{}\": {} {}", job.id, job.name, job.status, job.conclusion));
+            }
+        }
+        if !jobs.is_empty() && jobs.iter().all(|job| job.status == "completed") {
+            return Ok(jobs);
+        }
+        if began.elapsed() > Duration::from_secs(120) {
+            bail!("the job did not run within 120 s; look at `kubectl -n {NAMESPACE} describe runnerpool {POOL}`");
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// Tells what happens to the pool's pods.
+async fn watch_pods(world: World, story: Story) {
+    let api: Api<Pod> = Api::namespaced(world.client.clone(), NAMESPACE);
+    let mut events = watcher(api, Config::default().labels(&format!("{LABEL_POOL}={POOL}"))).boxed();
+    let mut told = BTreeSet::new();
+    while let Ok(Some(event)) = events.try_next().await {
+        let (pod, what) = match &event {
+            Event::Apply(pod) | Event::InitApply(pod) => (pod, describe(pod)),
+            Event::Delete(pod) => (pod, "gone".to_owned()),
+            Event::Init | Event::InitDone => continue,
+        };
+        if told.insert((pod.name_any(), what.clone())) {
+            story.tell(&format!("pod {}: {what}", pod.name_any()));
+        }
+    }
+}
+
+fn describe(pod: &Pod) -> String {
+    if pod.metadata.deletion_timestamp.is_some() {
+        return "ending".to_owned();
+    }
+    if let Some(job) = pod.annotations().get(ANNOTATION_JOB) {
+        return format!("runs {job}");
+    }
+    let status = pod.status.clone().unwrap_or_default();
+    let started = status.container_statuses.iter().flatten().any(|container| container.started == Some(true));
+    match (started, status.phase.as_deref()) {
+        (true, Some("Running")) => "runner started".to_owned(),
+        (_, Some("Succeeded")) => "runner ended".to_owned(),
+        (_, Some("Pending")) => "created".to_owned(),
+        (_, Some(phase)) => phase.to_lowercase(),
+        (_, None) => "created".to_owned(),
+    }
+}
+
+/// The job's own findings are held to the promise.
+fn check_log(log: &str) -> Result<()> {
+    let has = |text: &str| ensure_contains(log, text);
+    has("uid=1001")?;
+    has("capabilities: none")?;
+    has("no new privileges: yes")?;
+    has("seccomp: filter")?;
+    has("root file system: read-only")?;
+    has("service account token: none")?;
+    has("the forge: reached")?;
+    for closed in ["cloud metadata", "the API server", "the API server's Service", "the kubelet"] {
+        has(&format!("{closed}: no answer"))?;
+    }
+    Ok(())
+}
+
+fn ensure_contains(log: &str, text: &str) -> Result<()> {
+    ensure!(log.contains(text), "the job's log does not say {text:?}");
+    Ok(())
+}
+
+fn replace_hook(forge: &mayfly_cluster::Forge, url: &str, secret: &str) -> Result<()> {
+    let hooks = forge.call("GET", &format!("/orgs/{ORGANIZATION}/hooks"), None)?;
+    for hook in hooks.as_array().into_iter().flatten().filter_map(|hook| hook["id"].as_i64()) {
+        forge.call("DELETE", &format!("/orgs/{ORGANIZATION}/hooks/{hook}"), None)?;
+    }
+    forge.create_hook(&Scope::Organization(ORGANIZATION.to_owned()), url, secret, &["workflow_job"])?;
+    Ok(())
+}
+
+/// A metadata endpoint that answers, so that "no answer" in the job means something.
+async fn start_decoy(world: &World) -> Result<()> {
+    let own = std::env::current_exe().context("the path of this program")?;
+    let own = own.to_str().context("the path of this program is not text")?;
+    world.cluster.start_outside("decoy-metadata", &[own, "decoy", METADATA])?;
+    eventually("the metadata decoy", Duration::from_secs(5), || async {
+        let mut probe = world.cluster.command_in(Where::Node, ["bash", "-c", "exec 3<>/dev/tcp/169.254.169.254/80 && head -c 4 <&3 | grep -q HTTP"]);
+        run(&mut probe).map(Some)
+    })
+    .await
+    .context("the decoy must answer where no policy stands in the way")
+}
+
+fn decoy(address: &str) -> Result<()> {
+    let listener = TcpListener::bind(address).with_context(|| format!("listening on {address}"))?;
+    for stream in listener.incoming() {
+        // A client that left early is no reason to end.
+        let _ = stream.and_then(|mut stream| stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\nConnection: close\r\n\r\nsecret\n"));
+    }
+    Ok(())
+}
+
+fn look_around(world: &World) {
+    let kubectl = format!("KUBECONFIG={} {}", world.cluster.kubeconfig().display(), world.cluster.layout().bin("kubectl").display());
+    say("look around:");
+    say(&format!("  forge     {}  (user {}, password in {})", world.access.local_url, world.access.admin, world.cluster.layout().at("forge/admin-password").display()));
+    say(&format!("  pool      {kubectl} -n {NAMESPACE} describe runnerpool {POOL}"));
+    say(&format!("  operator  {kubectl} -n mayfly-system logs deployment/mayfly-controller"));
+    say("  take it all down: make down");
+}
+
+fn say(line: &str) {
+    // Nobody to tell if the terminal is gone.
+    let _ = writeln!(std::io::stdout(), "{line}");
+}

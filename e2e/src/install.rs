@@ -1,0 +1,118 @@
+//! Installing the operator into the cluster as a user would: images and the two Helm charts.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use mayfly_cluster::builder::{self, Selection};
+use mayfly_cluster::command::{output, run};
+use mayfly_cluster::images::Recipe;
+use mayfly_cluster::{Cluster, Progress};
+
+use crate::world::{SYSTEM, built, repository};
+
+/// Registry part of the names of images that exist on the test node only.
+const REGISTRY: &str = "mayfly.test";
+
+/// The cluster tool's name for the runner's image.
+const RUNNER_IMAGE: &str = "image-gitea-runner";
+
+/// An image: where its Dockerfile is, and the program it holds.
+const IMAGES: [(&str, &str, &str); 2] = [("operator", "mayfly", "operator"), ("gate", "mayfly-gate", "gate")];
+
+/// Builds the operator's and the gate's images from the binaries beside this program, puts them into the node, and installs the
+/// charts. Quick when nothing changed. Returns when the operator is ready.
+///
+/// # Errors
+/// With what the program that failed said.
+pub fn install(cluster: &Cluster, progress: &Progress) -> Result<()> {
+    let layout = cluster.layout();
+    let wanted = ["helm", RUNNER_IMAGE].map(str::to_owned);
+    builder::build(layout, &Selection::named(&wanted)?, progress)?;
+    cluster.load_image(&builder::image(layout, RUNNER_IMAGE, progress)?.archive)?;
+    let mut tags = Vec::new();
+    for (folder, program, name) in IMAGES {
+        tags.push(image(cluster, progress, folder, program, name)?);
+    }
+    let step = progress.step("operator");
+    let [operator, gate] = tags.as_slice() else { bail!("two images were expected") };
+    let charts = repository().join("charts");
+    helm(cluster, &["mayfly-crds".into(), charts.join("mayfly-crds").display().to_string()], &[])?;
+    let values = [
+        format!("image.repository={REGISTRY}/operator"),
+        format!("image.tag={operator}"),
+        "image.pullPolicy=Never".to_owned(),
+        format!("gate.repository={REGISTRY}/gate"),
+        format!("gate.tag={gate}"),
+        format!("runner.repository={REGISTRY}/gitea-runner"),
+        "runner.tag=dev".to_owned(),
+        "runnerPodPullPolicy=Never".to_owned(),
+    ];
+    helm(cluster, &["mayfly".into(), charts.join("mayfly").display().to_string()], &values)?;
+    run(cluster.kubectl().args(["-n", SYSTEM, "rollout", "status", "deployment/mayfly-controller", "--timeout=90s"]))
+        .with_context(|| format!("the operator did not get ready:\n{}", operator_log(cluster)))?;
+    step.done("ready");
+    Ok(())
+}
+
+/// The end of the operator's log.
+pub fn operator_log(cluster: &Cluster) -> String {
+    let mut logs = cluster.kubectl();
+    logs.args(["-n", SYSTEM, "logs", "deployment/mayfly-controller", "--tail=40"]);
+    output(&mut logs).unwrap_or_else(|error| format!("{error:#}"))
+}
+
+/// Address at which the forge reaches the webhook receiver.
+///
+/// # Errors
+/// When the Service is not there.
+pub fn webhook_url(cluster: &Cluster, namespace: &str, pool: &str) -> Result<String> {
+    let mut get = cluster.kubectl();
+    get.args(["-n", SYSTEM, "get", "service", "mayfly-webhooks", "-o", "jsonpath={.spec.clusterIP}"]);
+    let address = output(&mut get)?;
+    Ok(format!("http://{}/webhooks/gitea/{namespace}/{pool}", address.trim()))
+}
+
+/// `helm`, pointed at the cluster.
+///
+/// # Errors
+/// When it was not built.
+pub fn helm_command(cluster: &Cluster) -> Result<Command> {
+    let mut helm = Command::new(builder::part_folder(cluster.layout(), "helm")?.join("helm"));
+    helm.env("KUBECONFIG", cluster.kubeconfig());
+    Ok(helm)
+}
+
+fn helm(cluster: &Cluster, release: &[String], values: &[String]) -> Result<()> {
+    let mut helm = helm_command(cluster)?;
+    helm.args(["upgrade", "--install", "--namespace", SYSTEM, "--create-namespace", "--wait", "--timeout", "90s"]).args(release);
+    for value in values {
+        helm.args(["--set-string", value]);
+    }
+    run(&mut helm)
+}
+
+/// Builds one image and puts it into the node; its tag is a hash of the binary, so that an unchanged one restarts nothing.
+fn image(cluster: &Cluster, progress: &Progress, folder: &str, program: &str, name: &str) -> Result<String> {
+    let binary = built()?.join(program);
+    let content = fs::read(&binary)
+        .with_context(|| format!("{} is not there: `cargo build --release` makes it", binary.display()))?;
+    let tag = digest(&content);
+    let context = cluster.layout().at(&format!("context/{name}"));
+    fs::create_dir_all(&context)?;
+    let copy = context.join(program);
+    if fs::read(&copy).ok().as_ref() != Some(&content) {
+        fs::copy(&binary, &copy)?;
+    }
+    let dockerfile = repository().join(folder);
+    let recipe = Recipe::new(Path::new(&dockerfile), vec![context], Some(&format!("{REGISTRY}/{name}:{tag}")))?;
+    let image = recipe.build(cluster.layout(), progress)?;
+    cluster.load_image(&image.archive)?;
+    Ok(tag)
+}
+
+fn digest(content: &[u8]) -> String {
+    use sha2::{Digest, Sha256};
+    Sha256::digest(content).iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+}

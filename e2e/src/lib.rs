@@ -1,0 +1,9 @@
+//! Mayfly against a real cluster and a real forge: what the demo, the end-to-end tests and the benchmarks share.
+
+pub mod forge;
+pub mod install;
+pub mod pool;
+pub mod wait;
+pub mod world;
+
+pub use world::World;

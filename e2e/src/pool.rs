@@ -1,0 +1,169 @@
+//! Pools, and what belongs to them, for the demo and the tests.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use k8s_openapi::ByteString;
+use k8s_openapi::api::core::v1::{Namespace, Pod, Secret};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
+use kube::{Api, ResourceExt};
+use mayfly_cluster::Forge;
+use mayfly_cluster::forge::{Runner, Scope};
+use mayfly_crds::RunnerPool;
+use mayfly_crds::names::{LABEL_POOL, RunnerName};
+use serde_json::{Value, json};
+
+use crate::World;
+use crate::forge::Organization;
+use crate::world::SYSTEM;
+use crate::wait::eventually;
+
+/// Field manager of the demo and the tests.
+const MANAGER: &str = "mayfly-e2e";
+
+/// Makes a namespace whose pods must meet Pod Security `restricted`.
+///
+/// # Errors
+/// With the API server's answer.
+pub async fn namespace(world: &World, name: &str) -> Result<()> {
+    let labels = BTreeMap::from([("pod-security.kubernetes.io/enforce".to_owned(), "restricted".to_owned())]);
+    let namespace = Namespace {
+        metadata: ObjectMeta { name: Some(name.to_owned()), labels: Some(labels), ..ObjectMeta::default() },
+        ..Namespace::default()
+    };
+    Api::<Namespace>::all(world.client.clone()).patch(name, &params(), &Patch::Apply(&namespace)).await?;
+    Ok(())
+}
+
+/// Puts an organization's token and webhook secret where the operator looks for them. Returns the Secret's name.
+///
+/// # Errors
+/// With the API server's answer.
+pub async fn secret(world: &World, organization: &Organization) -> Result<String> {
+    let name = format!("forge-{}", organization.name);
+    let text = |value: &str| ByteString(value.as_bytes().to_vec());
+    let secret = Secret {
+        metadata: ObjectMeta { name: Some(name.clone()), ..ObjectMeta::default() },
+        data: Some(BTreeMap::from([
+            ("token".to_owned(), text(&organization.token)),
+            ("webhook".to_owned(), text(&organization.webhook_secret)),
+        ])),
+        ..Secret::default()
+    };
+    Api::<Secret>::namespaced(world.client.clone(), SYSTEM).patch(&name, &params(), &Patch::Apply(&secret)).await?;
+    Ok(name)
+}
+
+/// The manifest of a pool that serves an organization with the label `linux`; `change` may change it before it is applied.
+pub fn manifest(world: &World, namespace: &str, name: &str, organization: &Organization, change: impl FnOnce(&mut Value)) -> Value {
+    let secret = format!("forge-{}", organization.name);
+    let mut pool = json!({
+        "apiVersion": "mayfly.dev/v1alpha1",
+        "kind": "RunnerPool",
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": {
+            "forge": {"gitea": {
+                "url": world.access.url,
+                "scope": {"organization": organization.name},
+                "tokenSecretRef": {"name": secret},
+                "webhookSecretRef": {"name": secret, "key": "webhook"},
+                "labels": ["linux"],
+            }},
+            "scale": {"max": 4},
+            "runner": {"resources": {"requests": {"cpu": "50m", "memory": "64Mi"}, "limits": {"cpu": "1", "memory": "512Mi", "ephemeral-storage": "1Gi"}}},
+        },
+    });
+    change(&mut pool);
+    pool
+}
+
+/// Applies a RunnerPool.
+///
+/// # Errors
+/// With the API server's answer.
+pub async fn apply(world: &World, pool: &Value) -> Result<RunnerPool> {
+    let (namespace, name) = (pool["metadata"]["namespace"].as_str(), pool["metadata"]["name"].as_str());
+    let (namespace, name) = (namespace.context("a namespace")?, name.context("a name")?);
+    Ok(pools(world, namespace).patch(name, &params(), &Patch::Apply(pool)).await?)
+}
+
+/// The pools of a namespace.
+pub fn pools(world: &World, namespace: &str) -> Api<RunnerPool> {
+    Api::namespaced(world.client.clone(), namespace)
+}
+
+/// Waits until a condition of the pool has this status; returns its reason and message.
+///
+/// # Errors
+/// When it does not get so.
+pub async fn condition(world: &World, namespace: &str, name: &str, type_: &str, status: &str) -> Result<(String, String)> {
+    let pools = pools(world, namespace);
+    eventually(format!("condition {type_}={status} of RunnerPool {namespace}/{name}"), Duration::from_secs(60), || async {
+        let conditions = pools.get_status(name).await?.status.unwrap_or_default().conditions;
+        let found = conditions.into_iter().find(|condition| condition.type_ == type_ && condition.status == status);
+        Ok(found.map(|condition| (condition.reason, condition.message)))
+    })
+    .await
+}
+
+/// The runner pods of a pool.
+///
+/// # Errors
+/// With the API server's answer.
+pub async fn pods(world: &World, namespace: &str, pool: &str) -> Result<Vec<Pod>> {
+    let api: Api<Pod> = Api::namespaced(world.client.clone(), namespace);
+    Ok(api.list(&ListParams::default().labels(&format!("{LABEL_POOL}={pool}"))).await?.items)
+}
+
+/// Registrations that runners of this pool have at the forge, in every repository of the organization.
+///
+/// # Errors
+/// With the forge's answer.
+pub fn registrations(forge: &Forge, organization: &str, pool: &RunnerPool) -> Result<Vec<Runner>> {
+    let uid = pool.uid().unwrap_or_default();
+    let repositories = forge.call("GET", &format!("/orgs/{organization}/repos?limit=50"), None)?;
+    let mut found = forge.runners(&Scope::Organization(organization.to_owned()))?;
+    for repository in repositories.as_array().into_iter().flatten().filter_map(|repository| repository["name"].as_str()) {
+        found.extend(forge.runners(&Scope::repository(organization, repository))?);
+    }
+    found.retain(|runner| RunnerName::is_of_pool(&runner.name, &uid));
+    Ok(found)
+}
+
+/// Waits until the pool has neither pods nor registrations; returns how long it took to see both gone.
+///
+/// # Errors
+/// When something stays; it is named.
+pub async fn nothing_left(world: &World, organization: &str, pool: &RunnerPool) -> Result<()> {
+    let (namespace, name) = (pool.namespace().unwrap_or_default(), pool.name_any());
+    eventually(format!("nothing left of {namespace}/{name}"), Duration::from_secs(60), || async {
+        let pods = pods(world, &namespace, &name).await?;
+        let runners = registrations(&world.forge, organization, pool)?;
+        anyhow::ensure!(pods.is_empty() && runners.is_empty(), "{} pod(s), {} registration(s)", pods.len(), runners.len());
+        Ok(Some(()))
+    })
+    .await
+}
+
+/// Deletes a pool and waits until it is gone.
+///
+/// # Errors
+/// When it stays.
+pub async fn delete(world: &World, namespace: &str, name: &str) -> Result<()> {
+    let pools = pools(world, namespace);
+    match pools.delete(name, &DeleteParams::default()).await {
+        Ok(_) => {}
+        Err(kube::Error::Api(status)) if status.is_not_found() => return Ok(()),
+        Err(error) => return Err(error.into()),
+    }
+    eventually(format!("RunnerPool {namespace}/{name} gone"), Duration::from_secs(90), || async {
+        Ok(pools.get_opt(name).await?.is_none().then_some(()))
+    })
+    .await
+}
+
+fn params() -> PatchParams {
+    PatchParams::apply(MANAGER).force()
+}
