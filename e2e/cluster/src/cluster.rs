@@ -8,14 +8,11 @@ use anyhow::{Context, Result, bail};
 use crate::command::command;
 use crate::engine::Engine;
 use crate::forge::{self, Forge};
-use crate::layout::{FORGE_PORT, Layout, NODE_NAME, OUTSIDE_DOMAIN, OUTSIDE_IP, World};
+use crate::layout::{DEFAULT_NAME, FORGE_PORT, Layout, NODE_NAME, OUTSIDE_DOMAIN, World};
 use crate::local::{self, Options, Saved};
 use crate::process::{Daemon, recorded, search_path, stop};
 use crate::progress::Progress;
 use crate::{images, net};
-
-/// Name of the cluster when nobody chose one.
-pub const DEFAULT_NAME: &str = "mayfly";
 
 /// A cluster that is up.
 #[derive(Clone, Debug)]
@@ -108,8 +105,8 @@ impl Cluster {
         }
         Ok(ForgeAccess {
             url: format!("http://forge.{OUTSIDE_DOMAIN}:{FORGE_PORT}"),
-            local_url: format!("http://{OUTSIDE_IP}:{FORGE_PORT}"),
-            ip: OUTSIDE_IP.to_owned(),
+            local_url: self.layout.addresses().forge_url(),
+            ip: self.layout.addresses().outside.clone(),
             port: FORGE_PORT,
             admin: forge::ADMIN.to_owned(),
             admin_password: forge::admin_password(&self.layout)?,

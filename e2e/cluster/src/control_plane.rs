@@ -5,9 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use crate::command::{command, feed, output, run, wait_for, write_file};
-use crate::layout::{
-    CLUSTER_DOMAIN, DNS_IP, Layout, NODE_IP, NODE_NAME, OUTSIDE_DOMAIN, OUTSIDE_IP, POD_CIDR, SERVICE_CIDR, World,
-};
+use crate::layout::{CLUSTER_DOMAIN, Layout, NODE_NAME, OUTSIDE_DOMAIN, World};
 use crate::pki;
 use crate::process::{Daemon, check_running};
 use crate::template::render;
@@ -44,10 +42,10 @@ pub fn ready(layout: &Layout) -> Result<()> {
 pub fn apply_objects(layout: &Layout) -> Result<()> {
     let objects = render(include_str!("../templates/cluster.yaml"), &[
         ("COREDNS", crate::builder::COREDNS_IMAGE),
-        ("DNS_IP", DNS_IP),
+        ("DNS_IP", &layout.addresses().dns),
         ("DOMAIN", CLUSTER_DOMAIN),
         ("OUTSIDE_DOMAIN", OUTSIDE_DOMAIN),
-        ("OUTSIDE_IP", OUTSIDE_IP),
+        ("OUTSIDE_IP", &layout.addresses().outside),
     ])?;
     let mut apply = kubectl(layout);
     apply.args(["apply", "--server-side", "--force-conflicts", "--field-manager=mayfly-cluster", "-f", "-"]);
@@ -89,11 +87,12 @@ fn etcd(layout: &Layout) -> Daemon {
 
 fn api_server(layout: &Layout) -> Daemon {
     let pki = |file: &str| pki::path(layout, file).display().to_string();
+    let (node, services) = (&layout.addresses().node, &layout.addresses().service_cidr);
     let issuer = format!("https://kubernetes.default.svc.{CLUSTER_DOMAIN}");
     Daemon::new("kube-apiserver", World::Node, layout.bin("kube-apiserver")).args([
         "--etcd-servers=http://127.0.0.1:2379".to_owned(),
-        format!("--bind-address={NODE_IP}"),
-        format!("--advertise-address={NODE_IP}"),
+        format!("--bind-address={node}"),
+        format!("--advertise-address={node}"),
         "--secure-port=6443".into(),
         format!("--tls-cert-file={}", pki("apiserver.crt")),
         format!("--tls-private-key-file={}", pki("apiserver.key")),
@@ -101,7 +100,7 @@ fn api_server(layout: &Layout) -> Daemon {
         "--authorization-mode=Node,RBAC".into(),
         "--enable-admission-plugins=NodeRestriction".into(),
         "--allow-privileged=true".into(),
-        format!("--service-cluster-ip-range={SERVICE_CIDR}"),
+        format!("--service-cluster-ip-range={services}"),
         format!("--service-account-issuer={issuer}"),
         format!("--service-account-jwks-uri={issuer}/openid/v1/jwks"),
         format!("--service-account-key-file={}", pki("service-accounts.pub")),
@@ -131,10 +130,12 @@ fn controller_manager(layout: &Layout) -> Daemon {
         format!("--cluster-signing-cert-file={}", pki("ca.crt")),
         format!("--cluster-signing-key-file={}", pki("ca.key")),
         "--allocate-node-cidrs=true".into(),
-        format!("--cluster-cidr={POD_CIDR}"),
+        format!("--cluster-cidr={}", layout.addresses().pod_cidr),
         // Room for the kubelet's 250 pods and for addresses of those just gone.
         "--node-cidr-mask-size=22".into(),
-        format!("--service-cluster-ip-range={SERVICE_CIDR}"),
+        format!("--service-cluster-ip-range={}", layout.addresses().service_cidr),
+        // Unused, and made where the default says if it is not there.
+        format!("--flex-volume-plugin-dir={}", layout.at("kubelet/volume-plugins").display()),
         "--kube-api-qps=200".into(),
         "--kube-api-burst=400".into(),
         "--v=2".into(),

@@ -5,25 +5,25 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::layout::{CLUSTER_DOMAIN, DNS_IP, OUTSIDE_DOMAIN, OUTSIDE_IP};
+use crate::layout::{CLUSTER_DOMAIN, Layout, OUTSIDE_DOMAIN};
 
 /// Fails unless DNS answers for a Service and for the outside world.
-pub fn answers() -> Result<()> {
+pub fn answers(layout: &Layout) -> Result<()> {
     let api = format!("kubernetes.default.svc.{CLUSTER_DOMAIN}");
-    let found = lookup(&api)?;
+    let found = lookup(layout, &api)?;
     ensure!(found.is_some(), "DNS does not know {api}");
     let forge = format!("forge.{OUTSIDE_DOMAIN}");
-    let found = lookup(&forge)?.map(|address| address.to_string());
-    ensure!(found.as_deref() == Some(OUTSIDE_IP), "DNS says {found:?} for {forge}");
+    let found = lookup(layout, &forge)?.map(|address| address.to_string());
+    ensure!(found.as_ref() == Some(&layout.addresses().outside), "DNS says {found:?} for {forge}");
     Ok(())
 }
 
 /// The first IPv4 address of a name (RFC 1035), asked from this machine through the Service's address.
-pub fn lookup(name: &str) -> Result<Option<Ipv4Addr>> {
+pub fn lookup(layout: &Layout, name: &str) -> Result<Option<Ipv4Addr>> {
     let socket = UdpSocket::bind("0.0.0.0:0")?;
     socket.set_read_timeout(Some(Duration::from_secs(1)))?;
     let id = u16::try_from(std::process::id() & 0xffff)?;
-    socket.send_to(&query(id, name)?, (DNS_IP, 53)).context("cannot send to the cluster's DNS server")?;
+    socket.send_to(&query(id, name)?, (layout.addresses().dns.as_str(), 53)).context("cannot send to the cluster's DNS server")?;
     let mut buffer = [0u8; 512];
     let length = socket.recv(&mut buffer).context("the cluster's DNS server does not answer")?;
     answer(id, &buffer[..length])

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::builder::part_folder;
 use crate::command::{command, output, run, wait_for, write_file};
-use crate::layout::{Layout, NODE_NAME, POD_CIDR, World};
+use crate::layout::{Layout, NODE_NAME, World};
 use crate::pki;
 use crate::process::{Daemon, Mounts, check_running};
 use crate::template::render;
@@ -52,7 +52,7 @@ impl Engine {
             Self::Cilium => cilium(layout),
             Self::None => {
                 let state = layout.state().display().to_string();
-                let values = [("STATE", state.as_str()), ("POD_CIDR", POD_CIDR)];
+                let values = [("STATE", state.as_str()), ("POD_CIDR", layout.addresses().pod_cidr.as_str())];
                 let config = render(include_str!("../templates/bridge.conflist"), &values)?;
                 write_file(&layout.at("cni/conf/05-bridge.conflist"), &config)
             }
@@ -113,7 +113,7 @@ fn cilium(layout: &Layout) -> Result<()> {
         "--enable-ipv6=false".into(),
         "--devices=eth0".into(),
         "--routing-mode=native".into(),
-        format!("--ipv4-native-routing-cidr={POD_CIDR}"),
+        format!("--ipv4-native-routing-cidr={}", layout.addresses().pod_cidr),
         "--enable-ipv4-masquerade=true".into(),
         "--kube-proxy-replacement=false".into(),
         "--enable-l7-proxy=true".into(),

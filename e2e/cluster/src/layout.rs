@@ -6,34 +6,77 @@ use anyhow::{Context, Result, bail};
 
 /// Name of the only node.
 pub const NODE_NAME: &str = "node1";
-/// The node's address: API server, kubelet, and what pods look like from outside.
-pub const NODE_IP: &str = "172.30.0.1";
-/// The outside world's address on the node's network: the forge listens here.
-pub const OUTSIDE_IP: &str = "172.30.0.254";
-/// This machine's address on its link to the outside world.
-pub const HOST_IP: &str = "172.30.1.1";
-/// The outside world's end of that link.
-pub const HOST_LINK_OUTSIDE_IP: &str = "172.30.1.2";
-/// The network of node and outside world.
-pub const NODE_CIDR: &str = "172.30.0.0/24";
-/// Addresses of pods.
-pub const POD_CIDR: &str = "10.244.0.0/16";
-/// Addresses of Services.
-pub const SERVICE_CIDR: &str = "10.96.0.0/16";
-/// The Service `kubernetes`.
-pub const API_SERVICE_IP: &str = "10.96.0.1";
-/// The Service `kube-dns`.
-pub const DNS_IP: &str = "10.96.0.10";
 /// Domain of Services.
 pub const CLUSTER_DOMAIN: &str = "cluster.local";
-/// Every name below this domain leads to [`OUTSIDE_IP`], in pods and in the outside world.
+/// Every name below this domain leads to the outside world, for pods and for the outside world itself.
 pub const OUTSIDE_DOMAIN: &str = "mayfly.test";
 /// The link-local address where clouds serve instance metadata; it answers (or does not) in the outside world.
 pub const METADATA_IP: &str = "169.254.169.254";
 /// Port of the forge.
 pub const FORGE_PORT: u16 = 3000;
-/// Address of the API server.
-pub const API_URL: &str = "https://172.30.0.1:6443";
+/// Name of the cluster whose addresses are those of the documentation.
+pub const DEFAULT_NAME: &str = "mayfly";
+
+/// Number of clusters that can be up at the same time.
+const SLOTS: u32 = 16;
+
+/// Addresses of a cluster. Those of the cluster `mayfly` are given as examples; another name has others, so that several clusters can
+/// be up beside one another.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Addresses {
+    /// The node: API server, kubelet, and what pods look like from outside. 172.30.0.1
+    pub node: String,
+    /// The outside world on the node's network: the forge listens here. 172.30.0.254
+    pub outside: String,
+    /// The network of node and outside world. 172.30.0.0/24
+    pub node_cidr: String,
+    /// This machine on its link to the outside world. 172.30.1.1
+    pub host: String,
+    /// The outside world's end of that link. 172.30.1.2
+    pub host_link: String,
+    /// Pods. 10.244.0.0/16
+    pub pod_cidr: String,
+    /// Services. 10.96.0.0/16
+    pub service_cidr: String,
+    /// The Service `kubernetes`. 10.96.0.1
+    pub api_service: String,
+    /// The Service `kube-dns`. 10.96.0.10
+    pub dns: String,
+}
+
+impl Addresses {
+    fn of(name: &str) -> Self {
+        let slot = if name == DEFAULT_NAME {
+            0
+        } else {
+            // FNV-1a: any spread will do.
+            let hash = name.bytes().fold(2_166_136_261_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(16_777_619));
+            1 + hash % (SLOTS - 1)
+        };
+        let (node, link, pods, services) = (2 * slot, 2 * slot + 1, 244 - slot, 96 + slot);
+        Self {
+            node: format!("172.30.{node}.1"),
+            outside: format!("172.30.{node}.254"),
+            node_cidr: format!("172.30.{node}.0/24"),
+            host: format!("172.30.{link}.1"),
+            host_link: format!("172.30.{link}.2"),
+            pod_cidr: format!("10.{pods}.0.0/16"),
+            service_cidr: format!("10.{services}.0.0/16"),
+            api_service: format!("10.{services}.0.1"),
+            dns: format!("10.{services}.0.10"),
+        }
+    }
+
+    /// Address of the API server. https://172.30.0.1:6443
+    pub fn api_url(&self) -> String {
+        format!("https://{}:6443", self.node)
+    }
+
+    /// Address of the forge for this machine, which does not know the cluster's names. http://172.30.0.254:3000
+    pub fn forge_url(&self) -> String {
+        format!("http://{}:{FORGE_PORT}", self.outside)
+    }
+}
 
 /// One of the two network namespaces of a local cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -58,6 +101,7 @@ impl World {
 #[derive(Clone, Debug)]
 pub struct Layout {
     name: String,
+    addresses: Addresses,
     base: PathBuf,
     cache: PathBuf,
     repo: PathBuf,
@@ -79,12 +123,18 @@ impl Layout {
                 PathBuf::from(home).join(".cache/mayfly")
             }
         };
-        Ok(Self { name: name.to_owned(), base: PathBuf::from("/var/lib/mayfly-e2e"), cache, repo: repository()? })
+        let addresses = Addresses::of(name);
+        Ok(Self { name: name.to_owned(), addresses, base: PathBuf::from("/var/lib/mayfly-e2e"), cache, repo: repository()? })
     }
 
     /// Name of the cluster.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Addresses of the cluster.
+    pub fn addresses(&self) -> &Addresses {
+        &self.addresses
     }
 
     /// The working tree this program was built from.
@@ -186,6 +236,21 @@ mod tests {
     fn refuses_names_that_do_not_fit_an_interface() {
         for bad in ["", "eleven-char", "Mayfly", "a/b", "-a", "a b", "../x"] {
             assert!(Layout::new(bad).is_err(), "{bad:?} was accepted");
+        }
+    }
+
+    #[test]
+    fn clusters_of_other_names_have_other_addresses_than_the_usual_one() {
+        let usual = Addresses::of(DEFAULT_NAME);
+        assert_eq!((usual.node.as_str(), usual.pod_cidr.as_str()), ("172.30.0.1", "10.244.0.0/16"));
+        for name in ["a", "chaos", "mayfly2", "test-1"] {
+            let other = Addresses::of(name);
+            assert_ne!(other.node_cidr, usual.node_cidr);
+            assert_ne!(other.pod_cidr, usual.pod_cidr);
+            assert_ne!(other.service_cidr, usual.service_cidr);
+            for field in [&other.node, &other.host, &other.dns] {
+                assert!(field.parse::<std::net::Ipv4Addr>().is_ok(), "{field}");
+            }
         }
     }
 

@@ -79,6 +79,10 @@ pub fn up(layout: &Layout, options: Options, progress: &Progress) -> Result<()> 
         progress.note("found what a cluster left behind that is no more: cleaning up first");
         tear_down(layout, true, progress)?;
     }
+    if known.is_none() {
+        // Of the cluster before: kept until now for whoever wanted to know.
+        let _ = fs::remove_dir_all(layout.at("log"));
+    }
     let running_forge = known.as_ref().is_some_and(|saved| saved.forge);
     let saved = Saved { boot: boot_id()?, engine: options.engine, forge: options.forge || running_forge };
     saved.write(layout)?;
@@ -119,7 +123,7 @@ fn start(layout: &Layout, saved: &Saved, progress: &Progress) -> Result<()> {
             told(progress, &format!("engine {}", saved.engine.as_str()), "healthy", || saved.engine.ensure(layout))?;
             told(progress, "node", "ready", || node::wait_ready(layout))?;
             told(progress, "DNS", "answers", || {
-                wait_for("an answer of the cluster's DNS", Duration::from_secs(60), Duration::from_millis(100), dns::answers)
+                wait_for("an answer of the cluster's DNS", Duration::from_secs(60), Duration::from_millis(100), || dns::answers(layout))
             })
         });
         let results = [join(cluster), join(forge)];

@@ -16,9 +16,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::command::{command, feed, output, run, succeeds, wait_for, write_file};
-use crate::layout::{
-    DNS_IP, HOST_IP, HOST_LINK_OUTSIDE_IP, Layout, METADATA_IP, NODE_CIDR, NODE_IP, OUTSIDE_IP, POD_CIDR, SERVICE_CIDR, World,
-};
+use crate::layout::{Addresses, CLUSTER_DOMAIN, Layout, METADATA_IP, World};
 
 /// Makes what is missing of namespaces, links and routes.
 pub fn create(layout: &Layout) -> Result<()> {
@@ -28,6 +26,8 @@ pub fn create(layout: &Layout) -> Result<()> {
     remove(layout)?;
     refuse_conflicts(layout)?;
     let (node, outside, host) = (layout.netns(World::Node), layout.netns(World::Outside), layout.host_link());
+    let Addresses { node: node_ip, outside: outside_ip, node_cidr, host: host_ip, host_link, pod_cidr, service_cidr, .. } =
+        layout.addresses();
     let sysctl = "net.ipv4.ip_forward=1";
     for netns in [&node, &outside] {
         run(&mut command("ip", ["netns", "add", netns])).with_context(|| {
@@ -40,26 +40,26 @@ pub fn create(layout: &Layout) -> Result<()> {
     ])?;
     ip_in(&node, &[
         "link set lo up",
-        &format!("addr add {NODE_IP}/24 dev eth0"),
+        &format!("addr add {node_ip}/24 dev eth0"),
         "link set eth0 up",
-        &format!("route add default via {OUTSIDE_IP}"),
+        &format!("route add default via {outside_ip}"),
     ])?;
     ip_in(&outside, &[
         "link set lo up",
         &format!("addr add {METADATA_IP}/32 dev lo"),
-        &format!("addr add {OUTSIDE_IP}/24 dev eth0"),
+        &format!("addr add {outside_ip}/24 dev eth0"),
         "link set eth0 up",
-        &format!("addr add {HOST_LINK_OUTSIDE_IP}/30 dev host0"),
+        &format!("addr add {host_link}/30 dev host0"),
         "link set host0 up",
-        &format!("route add {POD_CIDR} via {NODE_IP}"),
-        &format!("route add {SERVICE_CIDR} via {NODE_IP}"),
+        &format!("route add {pod_cidr} via {node_ip}"),
+        &format!("route add {service_cidr} via {node_ip}"),
     ])?;
     ip(&[
-        &format!("addr add {HOST_IP}/30 dev {host}"),
+        &format!("addr add {host_ip}/30 dev {host}"),
         &format!("link set {host} up"),
-        &format!("route add {NODE_CIDR} via {HOST_LINK_OUTSIDE_IP}"),
-        &format!("route add {POD_CIDR} via {HOST_LINK_OUTSIDE_IP}"),
-        &format!("route add {SERVICE_CIDR} via {HOST_LINK_OUTSIDE_IP}"),
+        &format!("route add {node_cidr} via {host_link}"),
+        &format!("route add {pod_cidr} via {host_link}"),
+        &format!("route add {service_cidr} via {host_link}"),
     ])?;
     for netns in [&node, &outside] {
         run(&mut command("ip", ["netns", "exec", netns, "sysctl", "-qw", sysctl]))?;
@@ -80,12 +80,13 @@ pub fn create(layout: &Layout) -> Result<()> {
 pub fn create_mount_namespaces(layout: &Layout) -> Result<()> {
     let folder = layout.at("ns");
     let resolv = layout.at("resolv.conf");
-    write_file(&resolv, &format!("nameserver {DNS_IP}\nsearch {}\noptions ndots:1\n", "cluster.local"))?;
+    write_file(&resolv, &format!("nameserver {}\nsearch {CLUSTER_DOMAIN}\noptions ndots:1\n", layout.addresses().dns))?;
     if !is_mountpoint(&folder)? {
         std::fs::create_dir_all(&folder)?;
         run(&mut command("mount", ["--bind".as_ref(), folder.as_os_str(), folder.as_os_str()]))?;
         run(&mut command("mount", ["--make-private".as_ref(), folder.as_os_str()]))?;
     }
+    lend_folders(layout)?;
     for world in [World::Node, World::Outside] {
         let file = layout.mntns_file(world);
         if is_mountpoint(&file)? {
@@ -104,14 +105,40 @@ pub fn create_mount_namespaces(layout: &Layout) -> Result<()> {
     Ok(())
 }
 
-/// Container runtimes keep sockets, network namespaces and locks in /run, and the kubelet links logs into /var/log: in memory
-/// here, so that none of it survives the node. Shared among the node's processes, because kubelet and containerd mount for one
+/// Folders that node programs insist on. They have to exist for a mount to lie over them.
+const LENT: [&str; 2] = ["/var/lib/cni", "/var/lib/kubelet"];
+
+/// Makes those folders where this machine has none, and remembers which.
+fn lend_folders(layout: &Layout) -> Result<()> {
+    let mut made = Vec::new();
+    for folder in LENT {
+        if !Path::new(folder).exists() {
+            std::fs::create_dir_all(folder).with_context(|| format!("cannot make {folder}"))?;
+            made.push(folder);
+        }
+    }
+    if !made.is_empty() {
+        write_file(&layout.at("lent-folders"), &made.join("\n"))?;
+    }
+    Ok(())
+}
+
+/// Takes those folders away again, if they are as empty as they were.
+fn return_folders(layout: &Layout) {
+    let made = std::fs::read_to_string(layout.at("lent-folders")).unwrap_or_default();
+    for folder in made.lines().filter(|line| LENT.contains(line)) {
+        // Somebody else may use it by now.
+        let _ = std::fs::remove_dir(folder);
+    }
+}
+
+/// Container runtimes keep sockets, network namespaces and locks in /run, plugins and the kubelet have folders in /var/lib, and the
+/// kubelet links logs into /var/log: in memory here, so that none of it survives the node. Shared among the node's processes, because kubelet and containerd mount for one
 /// another.
 const NODE_MOUNTS: &str = r#"
 mount --make-rshared /
 resolv=$(readlink -m /etc/resolv.conf)
-mount -t tmpfs -o mode=755 tmpfs /run
-mount -t tmpfs -o mode=755 tmpfs /var/log
+for folder in /run /var/log /var/lib/cni /var/lib/kubelet; do mount -t tmpfs -o mode=755 tmpfs $folder; done
 mkdir -p /run/lock /run/netns
 case $resolv in /run/*) mkdir -p "$(dirname "$resolv")"; : > "$resolv";; esac
 mount --bind "$RESOLV" /etc/resolv.conf
@@ -157,6 +184,7 @@ pub fn remove_mount_namespaces(layout: &Layout) -> Result<()> {
     for mount in mounts {
         run(&mut command("umount", [&mount])).with_context(|| format!("{mount} is in use; see `fuser -vm {mount}`"))?;
     }
+    return_folders(layout);
     Ok(())
 }
 
@@ -177,13 +205,14 @@ pub fn exists(layout: &Layout) -> bool {
 
 /// Two clusters, or a cluster and a VPN, may want the same addresses: say so instead of taking them over.
 fn refuse_conflicts(layout: &Layout) -> Result<()> {
-    for cidr in [NODE_CIDR, POD_CIDR, SERVICE_CIDR] {
-        let taken = output(&mut command("ip", ["-4", "route", "show", cidr]))?;
+    let Addresses { node_cidr, pod_cidr, service_cidr, .. } = layout.addresses();
+    for cidr in [node_cidr, pod_cidr, service_cidr] {
+        let taken = output(&mut command("ip", ["-4", "route", "show", cidr.as_str()]))?;
         let taken = taken.trim();
         if !taken.is_empty() && !taken.contains(&format!("dev {}", layout.host_link())) {
             bail!(
-                "this machine already routes {cidr} elsewhere ({taken}). If that is another test cluster, stop it with \
-                 `cluster --name NAME down`; otherwise that network and this cluster cannot be used at the same time"
+                "this machine already routes {cidr} elsewhere ({taken}): stop what does, or give the cluster another name, which \
+                 gives it other addresses"
             );
         }
     }

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 
 use crate::builder::PAUSE_IMAGE;
 use crate::command::write_file;
-use crate::layout::{CLUSTER_DOMAIN, DNS_IP, Layout, NODE_IP, NODE_NAME, World};
+use crate::layout::{CLUSTER_DOMAIN, Layout, NODE_NAME, World};
 use crate::process::{Daemon, Mounts, check_running};
 use crate::template::render;
 use crate::{command, pki};
@@ -45,6 +45,7 @@ pub fn ensure_agents(layout: &Layout) -> Result<()> {
     let state = layout.state().display().to_string();
     let pki_folder = layout.at("pki").display().to_string();
     let socket = layout.containerd_socket().display().to_string();
+    let node_ip = &layout.addresses().node;
     let config = layout.at("kubelet.yaml");
     write_file(
         &config,
@@ -53,8 +54,8 @@ pub fn ensure_agents(layout: &Layout) -> Result<()> {
             ("PKI", &pki_folder),
             ("SOCKET", &socket),
             ("CGROUP", &layout.cgroup()),
-            ("NODE_IP", NODE_IP),
-            ("DNS_IP", DNS_IP),
+            ("NODE_IP", node_ip),
+            ("DNS_IP", &layout.addresses().dns),
             ("DOMAIN", CLUSTER_DOMAIN),
         ])?,
     )?;
@@ -63,13 +64,13 @@ pub fn ensure_agents(layout: &Layout) -> Result<()> {
         format!("--kubeconfig={}", pki::path(layout, "kubelet.kubeconfig").display()),
         format!("--root-dir={}", layout.at("kubelet").display()),
         format!("--hostname-override={NODE_NAME}"),
-        format!("--node-ip={NODE_IP}"),
+        format!("--node-ip={node_ip}"),
     ]);
     kubelet.mounts = Some(Mounts { propagation: "unchanged", script: sysctl_shim(layout) });
     kubelet.ensure(layout)?;
 
     let config = layout.at("proxy.yaml");
-    let values = [("PKI", pki_folder.as_str()), ("NODE", NODE_NAME), ("NODE_IP", NODE_IP)];
+    let values = [("PKI", pki_folder.as_str()), ("NODE", NODE_NAME), ("NODE_IP", node_ip)];
     write_file(&config, &render(include_str!("../templates/proxy.yaml"), &values)?)?;
     Daemon::new("kube-proxy", World::Node, layout.bin("kube-proxy"))
         .args([format!("--config={}", config.display())])

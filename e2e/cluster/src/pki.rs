@@ -14,7 +14,7 @@ use rcgen::{
 use time::{Duration, OffsetDateTime};
 
 use crate::command::{write_file, write_private};
-use crate::layout::{API_SERVICE_IP, API_URL, CLUSTER_DOMAIN, Layout, NODE_IP, NODE_NAME};
+use crate::layout::{CLUSTER_DOMAIN, Layout, NODE_NAME};
 
 /// Clients of the API server: file name, user, group.
 const CLIENTS: [(&str, &str, Option<&str>); 5] = [
@@ -45,11 +45,12 @@ pub fn create(layout: &Layout) -> Result<()> {
     write_file(&path(layout, "ca.crt"), &authority.pem)?;
     write_private(&path(layout, "ca.key"), &authority.key)?;
 
+    let (addresses, server) = (layout.addresses(), layout.addresses().api_url());
     let service = format!("kubernetes.default.svc.{CLUSTER_DOMAIN}");
     let api_names =
-        [NODE_IP, API_SERVICE_IP, "127.0.0.1", "localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc", &service];
+        [&addresses.node, &addresses.api_service, "127.0.0.1", "localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc", &service];
     authority.issue("kube-apiserver", None, &api_names)?.store(layout, "apiserver")?;
-    authority.issue("system:node:node1", Some("system:nodes"), &[NODE_IP, NODE_NAME])?.store(layout, "kubelet-server")?;
+    authority.issue("system:node:node1", Some("system:nodes"), &[&addresses.node, NODE_NAME])?.store(layout, "kubelet-server")?;
     authority
         .issue("kube-apiserver-kubelet-client", Some("system:masters"), &[])?
         .store(layout, "apiserver-kubelet-client")?;
@@ -60,13 +61,13 @@ pub fn create(layout: &Layout) -> Result<()> {
 
     for (file, user, group) in CLIENTS {
         let pair = authority.issue(user, group, &[])?;
-        let text = kubeconfig(layout.name(), API_URL, &authority.pem, user, &pair);
+        let text = kubeconfig(layout.name(), &server, &authority.pem, user, &pair);
         write_private(&path(layout, &format!("{file}.kubeconfig")), &text)?;
     }
     // Last, because its presence says that all of them are there.
     let (user, group) = ADMIN;
     let pair = authority.issue(user, Some(group), &[])?;
-    write_private(&layout.kubeconfig(), &kubeconfig(layout.name(), API_URL, &authority.pem, user, &pair))
+    write_private(&layout.kubeconfig(), &kubeconfig(layout.name(), &server, &authority.pem, user, &pair))
 }
 
 struct Authority {
@@ -174,7 +175,7 @@ mod tests {
     fn kubeconfig_is_whole_and_verifies_the_server() {
         let authority = Authority::new().unwrap();
         let pair = authority.issue("kubernetes-admin", Some("system:masters"), &[]).unwrap();
-        let text = kubeconfig("mayfly", API_URL, &authority.pem, "kubernetes-admin", &pair);
+        let text = kubeconfig("mayfly", "https://172.30.0.1:6443", &authority.pem, "kubernetes-admin", &pair);
         assert!(!text.contains("insecure"));
         for (field, pem) in [
             ("certificate-authority-data: ", &authority.pem),

@@ -69,10 +69,10 @@ fn checks(layout: &Layout, saved: &Saved) -> Vec<Check> {
             ("API server", scope.spawn(|| control_plane::ready(layout))),
             ("node", scope.spawn(|| control_plane::node_ready(layout))),
             ("engine", scope.spawn(|| saved.engine.healthy(layout))),
-            ("DNS", scope.spawn(dns::answers)),
+            ("DNS", scope.spawn(|| dns::answers(layout))),
         ];
         if saved.forge {
-            asked.push(("forge", scope.spawn(forge::healthy)));
+            asked.push(("forge", scope.spawn(|| forge::healthy(layout))));
         }
         asked
             .into_iter()

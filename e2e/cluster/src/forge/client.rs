@@ -1,6 +1,7 @@
 //! A client of Gitea's REST interface (version 1.26) with what tests and demos need of it. Calls are synchronous; each has a time
 //! limit. What exists already is no error for the calls that make things.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -307,13 +308,15 @@ impl Forge {
         if answer.status() != 303 {
             bail!("the forge does not let {} in: {}", by.0, answer.status());
         }
-        let cookies: Vec<&str> = answer
+        // The session cookie comes twice; as in a browser, the later one counts.
+        let cookies: BTreeMap<&str, &str> = answer
             .headers()
             .get_all("set-cookie")
             .iter()
-            .filter_map(|cookie| cookie.to_str().ok()?.split(';').next())
-            .filter(|cookie| !cookie.ends_with('='))
+            .filter_map(|cookie| cookie.to_str().ok()?.split(';').next()?.split_once('='))
+            .filter(|(_, value)| !value.is_empty())
             .collect();
+        let cookies: Vec<String> = cookies.iter().map(|(name, value)| format!("{name}={value}")).collect();
         let cancel = format!("{}/{owner}/{repo}/actions/runs/{run}/cancel", self.url);
         let answer = self.agent.post(&cancel).header("cookie", cookies.join("; ")).send_empty().context("cannot cancel the run")?;
         if !answer.status().is_success() {

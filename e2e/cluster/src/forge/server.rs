@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use super::client::Forge;
 use crate::builder::part_folder;
 use crate::command::{command, output, random_hex, run, wait_for, write_private};
-use crate::layout::{FORGE_PORT, Layout, OUTSIDE_DOMAIN, OUTSIDE_IP, World};
+use crate::layout::{FORGE_PORT, Layout, OUTSIDE_DOMAIN, World};
 use crate::process::{Daemon, check_running, search_path};
 use crate::template::render;
 
@@ -32,7 +32,7 @@ pub fn ensure(layout: &Layout) -> Result<()> {
     daemon(layout, &config).ensure(layout)?;
     wait_for("the forge's first answer", Duration::from_secs(90), Duration::from_millis(200), || {
         check_running(layout, stop_part())?;
-        healthy()
+        healthy(layout)
     })?;
     if !token_file(layout).exists() {
         bootstrap(layout, &config).context("cannot make the forge's administrator")?;
@@ -41,8 +41,8 @@ pub fn ensure(layout: &Layout) -> Result<()> {
 }
 
 /// Fails unless the forge says it is healthy.
-pub fn healthy() -> Result<()> {
-    Forge::new(format!("http://{OUTSIDE_IP}:{FORGE_PORT}"), String::new()).healthy()
+pub fn healthy(layout: &Layout) -> Result<()> {
+    Forge::new(layout.addresses().forge_url(), String::new()).healthy()
 }
 
 /// The administrator's token, with all scopes.
@@ -69,6 +69,7 @@ fn configure(layout: &Layout, programs: &Path) -> Result<PathBuf> {
     };
     let text = render(include_str!("../../templates/forge.ini"), &[
         ("DATA", &data.display().to_string()),
+        ("IP", &layout.addresses().outside),
         ("PORT", &FORGE_PORT.to_string()),
         ("OUTSIDE_DOMAIN", OUTSIDE_DOMAIN),
         ("PROGRAMS", &programs.display().to_string()),
@@ -126,7 +127,7 @@ fn bootstrap(layout: &Layout, config: &Path) -> Result<()> {
         write_private(&password_file, &password)?;
     }
     let password = read_secret(&password_file)?;
-    let anonymous = Forge::new(format!("http://{OUTSIDE_IP}:{FORGE_PORT}"), String::new());
+    let anonymous = Forge::new(layout.addresses().forge_url(), String::new());
     if !anonymous.has_user(ADMIN)? {
         let email = format!("{ADMIN}@{OUTSIDE_DOMAIN}");
         admin_command(layout, config, &[

@@ -8,14 +8,18 @@ use anyhow::{Context, Result, bail};
 
 use crate::artefacts::Key;
 
-/// Adds a file or a tree to a key: names, kinds, modes and contents.
-pub(super) fn add_to_key(path: &Path, key: &mut Key) -> Result<()> {
+/// Adds a file or a tree to a key: names, kinds, modes and contents. What lies below `fixed` never changes: its path stands for it.
+pub(super) fn add_to_key(path: &Path, fixed: &Path, key: &mut Key) -> Result<()> {
+    if path.starts_with(fixed) {
+        key.text("fixed").text(&path.to_string_lossy());
+        return Ok(());
+    }
     let meta = fs::symlink_metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
     key.text(&path.file_name().unwrap_or_default().to_string_lossy());
     if meta.is_dir() {
         key.text("dir");
         for entry in sorted(path)? {
-            add_to_key(&entry, key)?;
+            add_to_key(&entry, fixed, key)?;
         }
         key.text("end");
     } else if meta.is_symlink() {
@@ -129,7 +133,7 @@ mod tests {
         fs::create_dir_all(&folder).unwrap();
         let key = || {
             let mut key = Key::new("test");
-            add_to_key(&folder, &mut key).unwrap();
+            add_to_key(&folder, Path::new("/nowhere"), &mut key).unwrap();
             key.short()
         };
         let mut seen = vec![key()];

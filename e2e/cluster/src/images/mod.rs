@@ -65,7 +65,7 @@ impl Recipe {
         let inside = || format!("in {}", self.dockerfile.display());
         let text = fs::read_to_string(&self.dockerfile).with_context(|| format!("cannot read {}", self.dockerfile.display()))?;
         let stages = dockerfile::parse(&text, &self.args).with_context(inside)?;
-        let key = self.key(&text, &stages).with_context(inside)?;
+        let key = self.key(layout, &text, &stages).with_context(inside)?;
         let slug: String = self.tag.chars().map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '_' }).collect();
         let folder = layout.cache().join("images").join(format!("{slug}-{key}"));
         let image = Image { reference: self.tag.clone(), archive: folder.join("image.tar") };
@@ -99,7 +99,7 @@ impl Recipe {
         Ok(image)
     }
 
-    fn key(&self, text: &str, stages: &[Stage]) -> Result<String> {
+    fn key(&self, layout: &Layout, text: &str, stages: &[Stage]) -> Result<String> {
         let mut key = Key::new("image");
         key.text(BUILDER).text(&self.tag).text(text);
         for (name, value) in &self.args {
@@ -110,7 +110,7 @@ impl Recipe {
                 if let Instruction::Copy { from: None, sources, .. } = &step.instruction {
                     for source in sources {
                         let path = self.find(source).with_context(|| format!("line {}: COPY", step.line))?;
-                        files::add_to_key(&path, &mut key)?;
+                        files::add_to_key(&path, &layout.cache().join("parts"), &mut key)?;
                     }
                 }
             }
