@@ -1,4 +1,5 @@
 //! The one door for cluster writes: one field manager, one deadline, one place to count them.
+#![expect(clippy::disallowed_methods, reason = "this is the door that the other rooms must use")]
 
 use std::fmt::Debug;
 use std::future::Future;
@@ -49,6 +50,11 @@ impl WriteError {
         }
     }
 
+    /// There is an object of that name already.
+    pub(crate) fn already_exists(&self) -> bool {
+        matches!(self, Self::Kube(kube::Error::Api(status)) if status.is_already_exists())
+    }
+
     fn is_gone(&self) -> bool {
         // A UID that no longer fits is a conflict: the object meant is gone, and another has its name.
         matches!(self, Self::Kube(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict())
@@ -62,22 +68,25 @@ impl KubeIo {
         Self { client, recorder, metrics }
     }
 
-    /// Creates a pod under the name it has.
-    pub(crate) async fn create_pod(&self, namespace: &str, pod: &Pod) -> Result<Pod, WriteError> {
-        let api: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
-        self.call("create", "pods", api.create(&PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() }, pod)).await
+    /// Creates an object under the name it has.
+    pub(crate) async fn create<K>(&self, namespace: &str, object: &K) -> Result<K, WriteError>
+    where
+        K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + DeserializeOwned + Serialize + Debug,
+    {
+        let api: Api<K> = Api::namespaced(self.client.clone(), namespace);
+        let params = PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
+        self.call("create", &K::plural(&()), api.create(&params, object)).await
     }
 
-    /// Deletes this very pod (the UID must fit). A pod that is gone is a success.
-    pub(crate) async fn delete_pod(&self, namespace: &str, name: &str, uid: &str, grace: u32) -> Result<(), WriteError> {
-        let api: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
+    /// Deletes this very object (the UID must fit), with so many seconds between SIGTERM and SIGKILL if it is a pod. One that is
+    /// gone is a success.
+    pub(crate) async fn delete_this<K>(&self, namespace: &str, name: &str, uid: &str, grace: Option<u32>) -> Result<(), WriteError>
+    where
+        K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + DeserializeOwned + Debug,
+    {
         let preconditions = Preconditions { uid: Some(uid.to_owned()), resource_version: None };
-        let params = DeleteParams { grace_period_seconds: Some(grace), preconditions: Some(preconditions), ..DeleteParams::default() };
-        match self.call("delete", "pods", api.delete(name, &params)).await {
-            Ok(_) => Ok(()),
-            Err(error) if error.is_gone() => Ok(()),
-            Err(error) => Err(error),
-        }
+        let params = DeleteParams { grace_period_seconds: grace, preconditions: Some(preconditions), ..DeleteParams::default() };
+        self.delete_with::<K>(namespace, name, &params).await
     }
 
     /// Sets annotations of a pod.
@@ -87,11 +96,7 @@ impl KubeIo {
             annotations.iter().map(|(key, value)| ((*key).to_owned(), Value::String(value.clone()))).collect();
         // The UID in the patch makes the API server refuse it for another pod of that name.
         let patch = Patch::Merge(json!({"metadata": {"uid": uid, "annotations": pairs}}));
-        match self.call("patch", "pods", api.patch_metadata(name, &PatchParams::default(), &patch)).await {
-            Ok(_) => Ok(()),
-            Err(error) if error.is_gone() => Ok(()),
-            Err(error) => Err(error),
-        }
+        gone_is_fine(self.call("patch", "pods", api.patch_metadata(name, &PatchParams::default(), &patch)).await)
     }
 
     /// Server-side apply of a whole object; returns it as stored.
@@ -110,12 +115,15 @@ impl KubeIo {
     where
         K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + DeserializeOwned + Debug,
     {
+        self.delete_with::<K>(namespace, name, &DeleteParams::default()).await
+    }
+
+    async fn delete_with<K>(&self, namespace: &str, name: &str, params: &DeleteParams) -> Result<(), WriteError>
+    where
+        K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + DeserializeOwned + Debug,
+    {
         let api: Api<K> = Api::namespaced(self.client.clone(), namespace);
-        match self.call("delete", &K::plural(&()), api.delete(name, &DeleteParams::default())).await {
-            Ok(_) => Ok(()),
-            Err(error) if error.is_gone() => Ok(()),
-            Err(error) => Err(error),
-        }
+        gone_is_fine(self.call("delete", &K::plural(&()), api.delete(name, params)).await)
     }
 
     /// Replaces the status of an object. It is a merge patch, so that an object which cannot be read can be told so as well.
@@ -165,5 +173,13 @@ impl KubeIo {
         };
         self.metrics.kube_write(verb, resource, result.is_ok());
         result
+    }
+}
+
+fn gone_is_fine<T>(result: Result<T, WriteError>) -> Result<(), WriteError> {
+    match result {
+        Ok(_) => Ok(()),
+        Err(error) if error.is_gone() => Ok(()),
+        Err(error) => Err(error),
     }
 }

@@ -147,7 +147,7 @@ async fn delete(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>, forge
     if let Some(failure) = &deletion.failure {
         note_failure(ctx, pool, handle, deletion, failure).await;
     }
-    if let Err(error) = ctx.io.delete_pod(&pool.key.namespace, &deletion.name, &deletion.uid, deletion.grace).await {
+    if let Err(error) = ctx.io.delete_this::<Pod>(&pool.key.namespace, &deletion.name, &deletion.uid, Some(deletion.grace)).await {
         tracing::warn!(pool = %pool.key, pod = deletion.name, error = error.message(), "a pod could not be deleted; it is tried again");
         return;
     }
@@ -206,7 +206,7 @@ async fn create(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>) {
     let pod = runner_pod(&name, &pool.key.namespace, &pool.key.name, &pool.owner, &pool.spec, user_namespace, life.as_secs(), settings);
     let waits = Spawned { uid: String::new(), created: ctx.now(), seen: false, asked: None, registering: None, burnt: None };
     handle.state().spawned.insert(name.to_string(), waits);
-    match ctx.io.create_pod(&pool.key.namespace, &pod).await {
+    match ctx.io.create(&pool.key.namespace, &pod).await {
         Ok(stored) => {
             if let Some(spawned) = handle.state().spawned.get_mut(name.as_str()) {
                 spawned.uid = stored.uid().unwrap_or_default();
@@ -280,7 +280,7 @@ pub(super) async fn delete_all(ctx: &Context, namespace: &str, pods: &[Arc<Pod>]
     let delete = |pod: &Arc<Pod>| {
         let (name, uid) = (pod.name_any(), pod.uid().unwrap_or_default());
         async move {
-            if let Err(error) = ctx.io.delete_pod(namespace, &name, &uid, 1).await {
+            if let Err(error) = ctx.io.delete_this::<Pod>(namespace, &name, &uid, Some(1)).await {
                 tracing::warn!(namespace, pod = name, error = error.message(), "a pod could not be deleted; it is tried again");
             }
         }

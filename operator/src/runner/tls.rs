@@ -8,10 +8,11 @@ use jiff::{SignedDuration, Timestamp, tz::TimeZone};
 use k8s_openapi::ByteString;
 use k8s_openapi::api::core::v1::Secret;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kube::{Api, Client, ResourceExt};
-use kube::api::{DeleteParams, PostParams, Preconditions};
+use kube::{Api, ResourceExt};
 use mayfly_crds::names::{LABEL_MANAGED_BY, MANAGED_BY};
 use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose};
+
+use crate::kube_io::KubeIo;
 
 const ANNOTATION_NOT_AFTER: &str = "mayfly.dev/not-after";
 const ANNOTATION_NAMES: &str = "mayfly.dev/dns-names";
@@ -28,27 +29,22 @@ pub(crate) struct GateTls {
 }
 
 /// The certificate from the Secret; a new one where there is none, or it is about to end, or the names changed.
-pub(crate) async fn load_or_create(client: &Client, namespace: &str, secret: &str, names: &[String]) -> Result<GateTls> {
-    let api: Api<Secret> = Api::namespaced(client.clone(), namespace);
+pub(crate) async fn load_or_create(io: &KubeIo, namespace: &str, secret: &str, names: &[String]) -> Result<GateTls> {
+    let api: Api<Secret> = Api::namespaced(io.client(), namespace);
     for _ in 0..3 {
         let stored = api.get_opt(secret).await.with_context(|| format!("reading Secret {namespace}/{secret}"))?;
         if let Some(stored) = stored {
             if let Some(tls) = still_good(&stored, names) {
                 return Ok(tls);
             }
-            let preconditions = Preconditions { uid: stored.uid(), resource_version: stored.resource_version() };
-            let params = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
-            match api.delete(secret, &params).await {
-                Ok(_) => {}
-                // Another replica was faster.
-                Err(kube::Error::Api(status)) if status.is_conflict() || status.is_not_found() => continue,
-                Err(error) => return Err(error).context("replacing the gate's certificate"),
-            }
+            let uid = stored.uid().unwrap_or_default();
+            io.delete_this::<Secret>(namespace, secret, &uid, None).await.context("replacing the gate's certificate")?;
         }
         let (tls, object) = generate(namespace, secret, names)?;
-        match api.create(&PostParams::default(), &object).await {
+        match io.create(namespace, &object).await {
             Ok(_) => return Ok(tls),
-            Err(kube::Error::Api(status)) if status.is_already_exists() => {}
+            // Another process was faster.
+            Err(error) if error.already_exists() => {}
             Err(error) => return Err(error).context("storing the gate's certificate"),
         }
     }

@@ -44,7 +44,8 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
     config.headers.push((axum::http::header::USER_AGENT, axum::http::HeaderValue::from_static(crate::kube_io::MANAGER)));
     let client = Client::try_from(config).context("the cluster's configuration cannot be used")?;
     let namespace = settings.cluster.operator_namespace.clone();
-    let gate_tls = tls::load_or_create(&client, &namespace, &settings.gate_secret, &settings.gate_names).await?;
+    let io = KubeIo::new(client.clone(), settings.instance.clone(), metrics.clone());
+    let gate_tls = tls::load_or_create(&io, &namespace, &settings.gate_secret, &settings.gate_names).await?;
     settings.pods.gate_ca = gate_tls.authority.clone();
     health.done("certificate");
 
@@ -53,7 +54,7 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
     let (stores, root) = watches::start(&client, &namespace, &registry, &mut parts, &stop);
     let pools = stores.pools.clone();
     let ctx = Arc::new(Context {
-        io: KubeIo::new(client, settings.instance.clone(), metrics.clone()),
+        io,
         http: Gitea::http_client(settings.forge_ca.as_deref()).context("HTTP client")?,
         metrics,
         registry,

@@ -166,7 +166,7 @@ impl Forge for Gitea {
             Some(number) => {
                 let path = format!("/repos/{repository}/pulls/{number}");
                 match self.rest::<wire::PullRequest>(Method::GET, &path, "the pull request").await {
-                    Ok(pull_request) => pull_request.from_fork(),
+                    Ok(pull_request) => pull_request.is_from_fork(),
                     Err(ForgeError::NotFound { .. }) => None,
                     Err(error) => return Err(error),
                 }

@@ -96,7 +96,7 @@ struct Branch {
 
 impl PullRequest {
     /// `None` where one side is unknown (the fork was deleted, say).
-    pub(super) fn from_fork(&self) -> Option<bool> {
+    pub(super) fn is_from_fork(&self) -> Option<bool> {
         let id = |branch: &Option<Branch>| branch.as_ref().and_then(|b| b.repo_id).filter(|id| *id > 0);
         Some(id(&self.head)? != id(&self.base)?)
     }
@@ -230,7 +230,7 @@ mod tests {
 
     #[test]
     fn a_pull_request_from_elsewhere_is_a_fork_and_an_unknown_one_is_unknown() {
-        let fork = |json: &str| serde_json::from_str::<PullRequest>(json).expect("valid").from_fork();
+        let fork = |json: &str| serde_json::from_str::<PullRequest>(json).expect("valid").is_from_fork();
         assert_eq!(fork(r#"{"head":{"repo_id":2},"base":{"repo_id":1}}"#), Some(true));
         assert_eq!(fork(r#"{"head":{"repo_id":1},"base":{"repo_id":1}}"#), Some(false));
         assert_eq!(fork(r#"{"head":{"repo_id":0},"base":{"repo_id":1}}"#), None);
