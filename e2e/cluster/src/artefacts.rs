@@ -92,8 +92,7 @@ pub const GO_PARTS: &[GoPart] = &[
         versioned_by: None,
         programs: &[
             GoProgram::new("containerd", "github.com/containerd/containerd/v2/cmd/containerd").tags("no_btrfs"),
-            GoProgram::new("containerd-shim-runc-v2", "github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2")
-                .tags("no_btrfs"),
+            GoProgram::new("containerd-shim-runc-v2", "github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2").tags("no_btrfs"),
             GoProgram::new("ctr", "github.com/containerd/containerd/v2/cmd/ctr").tags("no_btrfs"),
         ],
         data: &[],
@@ -124,9 +123,7 @@ pub const GO_PARTS: &[GoPart] = &[
             GoProgram::new("cilium-operator-generic", "github.com/cilium/cilium/operator")
                 .tags("osusergo,ipam_provider_operator")
                 .variables(CILIUM_VERSION),
-            GoProgram::new("cilium-cni", "github.com/cilium/cilium/plugins/cilium-cni")
-                .tags("osusergo")
-                .variables(CILIUM_VERSION),
+            GoProgram::new("cilium-cni", "github.com/cilium/cilium/plugins/cilium-cni").tags("osusergo").variables(CILIUM_VERSION),
             GoProgram::new("cilium-dbg", "github.com/cilium/cilium/cilium-dbg").tags("osusergo").variables(CILIUM_VERSION),
         ],
         data: &["bpf"],
@@ -155,6 +152,14 @@ pub const GO_PARTS: &[GoPart] = &[
         cgo: false,
         versioned_by: None,
         programs: &[GoProgram::new("helm", "helm.sh/helm/v4/cmd/helm")],
+        data: &[],
+    },
+    GoPart {
+        name: "kind",
+        module: "e2e/tools/kind",
+        cgo: false,
+        versioned_by: None,
+        programs: &[GoProgram::new("kind", "sigs.k8s.io/kind")],
         data: &[],
     },
 ];
@@ -389,8 +394,7 @@ mod tests {
             std::thread::sleep(std::time::Duration::from_millis(10));
         }
         assert!(publish(&parent.join("part-9"), |_| bail!("no")).is_err());
-        let mut left: Vec<String> =
-            fs::read_dir(&parent).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        let mut left: Vec<String> = fs::read_dir(&parent).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         left.sort();
         assert_eq!(left, ["part-2", "part-3", "part-4"]);
         fs::remove_dir_all(parent).unwrap();

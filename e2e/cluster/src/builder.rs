@@ -33,9 +33,9 @@ pub const RUNNER_IMAGE: &str = "mayfly.test/gitea-runner:dev";
 pub struct Selection(BTreeSet<&'static str>);
 
 impl Selection {
-    /// Everything.
+    /// Everything that this machine can use: kind only where it is asked for by name.
     pub fn all() -> Self {
-        Self(all_names().collect())
+        Self(all_names().filter(|name| *name != "kind").collect())
     }
 
     /// What a cluster needs to start.
@@ -49,6 +49,18 @@ impl Selection {
             names.insert("gitea");
         }
         Self(names)
+    }
+
+    /// What a cluster of kind's needs.
+    pub fn for_kind(forge: bool) -> Self {
+        let mut names: BTreeSet<&str> = ["kind", "kubernetes"].into();
+        names.extend(forge.then_some("gitea"));
+        Self(names)
+    }
+
+    /// What somebody else's cluster needs: `kubectl`.
+    pub fn for_given() -> Self {
+        Self(["kubernetes"].into())
     }
 
     /// The parts of these names, and what they are made from.
@@ -79,9 +91,7 @@ impl Selection {
 
 /// Names of all parts.
 pub fn all_names() -> impl Iterator<Item = &'static str> {
-    std::iter::once("packages")
-        .chain(GO_PARTS.iter().map(|part| part.name))
-        .chain(IMAGES.iter().map(|(name, _)| *name))
+    std::iter::once("packages").chain(GO_PARTS.iter().map(|part| part.name)).chain(IMAGES.iter().map(|(name, _)| *name))
 }
 
 /// Builds what is missing of a selection.
@@ -155,12 +165,7 @@ struct Lanes<'a> {
 }
 
 impl<'a> Lanes<'a> {
-    fn new(
-        layout: &'a Layout,
-        progress: &'a Progress,
-        selection: &'a Selection,
-        missing: Vec<(&'static GoPart, PathBuf)>,
-    ) -> Self {
+    fn new(layout: &'a Layout, progress: &'a Progress, selection: &'a Selection, missing: Vec<(&'static GoPart, PathBuf)>) -> Self {
         Self { layout, progress, selection, missing, board: Mutex::default(), changed: Condvar::new() }
     }
 
@@ -239,8 +244,7 @@ impl<'a> Lanes<'a> {
         loop {
             let mut next = None;
             let open = self.wait(|board| {
-                board.taken.len() == self.missing.len()
-                    || self.missing.iter().any(|(part, _)| is_ready(part, board, self.selection))
+                board.taken.len() == self.missing.len() || self.missing.iter().any(|(part, _)| is_ready(part, board, self.selection))
             });
             if !open {
                 return Ok(());
@@ -299,8 +303,7 @@ impl<'a> Lanes<'a> {
         for (image, part) in IMAGES.iter().filter(|(image, _)| self.selection.has(image)) {
             let building = self.missing.iter().any(|(missing, _)| missing.name == *part);
             let go_on = self.wait(|board| {
-                (!building || board.built.contains(part))
-                    && (*image != "image-gitea-runner" || board.fetched.contains("packages"))
+                (!building || board.built.contains(part)) && (*image != "image-gitea-runner" || board.fetched.contains("packages"))
             });
             if !go_on {
                 return Ok(());

@@ -45,18 +45,18 @@ pub fn create(layout: &Layout) -> Result<()> {
 /// Counts a process, and all it will start, as one of the cluster's.
 pub fn track(layout: &Layout, pid: i32) -> Result<()> {
     let Some(daemons) = daemons(layout) else { return Ok(()) };
-    fs::write(daemons.join("cgroup.procs"), pid.to_string())
-        .with_context(|| format!("cannot move process {pid} to {}", daemons.display()))
+    fs::write(daemons.join("cgroup.procs"), pid.to_string()).with_context(|| format!("cannot move process {pid} to {}", daemons.display()))
 }
 
-/// Ends those of the cluster's own processes that belong to the session `id`.
-pub fn kill_session(layout: &Layout, id: i32) -> Result<()> {
+/// Ends those of the cluster's own processes that belong to the process group `id`. (Not to the session: containerd's shims are in its
+/// session, and have to live on for it to find its containers again.)
+pub fn kill_group(layout: &Layout, id: i32) -> Result<()> {
     let Some(daemons) = daemons(layout) else { return Ok(()) };
     let mut pids = Vec::new();
     collect(&daemons, None, &mut pids)?;
     let began = Instant::now();
     loop {
-        pids.retain(|pid| session_of(*pid) == Some(id) && Identity::of(*pid).is_some());
+        pids.retain(|pid| group_of(*pid) == Some(id) && Identity::of(*pid).is_some());
         if pids.is_empty() || began.elapsed() > Duration::from_secs(10) {
             return Ok(());
         }
@@ -67,10 +67,10 @@ pub fn kill_session(layout: &Layout, id: i32) -> Result<()> {
     }
 }
 
-/// Field 6 of `/proc/PID/stat`.
-fn session_of(pid: i32) -> Option<i32> {
+/// Field 5 of `/proc/PID/stat`.
+fn group_of(pid: i32) -> Option<i32> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(3)?.parse().ok()
+    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(2)?.parse().ok()
 }
 
 /// Ends every process in the cluster's groups, those of pods included, and waits until they are gone.

@@ -5,14 +5,15 @@ use std::process::{Command, ExitStatus};
 
 use anyhow::{Context, Result, bail};
 
-use crate::command::command;
+use crate::command::{command, output};
 use crate::engine::Engine;
 use crate::forge::{self, Forge};
 use crate::layout::{DEFAULT_NAME, FORGE_PORT, Layout, NODE_NAME, OUTSIDE_DOMAIN, World};
-use crate::local::{self, Options, Saved};
+use crate::local::{ForgePlace, Options, Saved};
 use crate::process::{Daemon, recorded, search_path, stop};
 use crate::progress::Progress;
-use crate::{images, net};
+use crate::provider::{self, Provider};
+use crate::{images, kind, net};
 
 /// A cluster that is up.
 #[derive(Clone, Debug)]
@@ -63,13 +64,13 @@ impl Cluster {
     /// Brings the cluster up, or makes sure that it is.
     pub fn up(options: Options, progress: &Progress) -> Result<Self> {
         let name = default_name();
-        local::up(&Layout::new(&name)?, options, progress)?;
+        provider::up(&Layout::new(&name)?, options, progress)?;
         Self::connect_to(&name)
     }
 
     /// Takes the cluster down.
     pub fn down(self, purge: bool, progress: &Progress) -> Result<()> {
-        local::down(&self.layout, purge, progress)
+        provider::down(&self.layout, purge, progress)
     }
 
     /// Names and paths.
@@ -79,12 +80,33 @@ impl Cluster {
 
     /// The administrator's kubeconfig.
     pub fn kubeconfig(&self) -> PathBuf {
-        self.layout.kubeconfig()
+        self.saved.kubeconfig.clone().unwrap_or_else(|| self.layout.kubeconfig())
     }
 
-    /// Name of the node.
-    pub fn node(&self) -> &'static str {
-        NODE_NAME
+    /// Who provides it.
+    pub fn provider(&self) -> Provider {
+        self.saved.provider
+    }
+
+    /// Name of a node.
+    pub fn node(&self) -> Result<String> {
+        if self.saved.provider == Provider::Local {
+            return Ok(NODE_NAME.to_owned());
+        }
+        let name = output(self.kubectl().args(["get", "nodes", "-o", "jsonpath={.items[0].metadata.name}"]))?;
+        if name.is_empty() {
+            bail!("the cluster has no node");
+        }
+        Ok(name)
+    }
+
+    /// Whether NetworkPolicies mean something, where that is known.
+    pub fn enforces_policies(&self) -> Option<bool> {
+        match (self.saved.provider, self.saved.engine) {
+            (Provider::Kind, _) | (_, Engine::Cilium) => Some(true),
+            (_, Engine::None) => Some(false),
+            (_, Engine::Other) => None,
+        }
     }
 
     /// What connects pods.
@@ -93,7 +115,7 @@ impl Cluster {
     }
 
     /// The API server's audit log: one JSON object a line, of kind `audit.k8s.io/v1 Event`, level Metadata. At 200 MB it is renamed to
-    /// `audit-TIME.log` beside it.
+    /// `audit-TIME.log` beside it. Only a local cluster writes one.
     pub fn audit_log(&self) -> PathBuf {
         self.layout.at("log/audit.log")
     }
@@ -103,43 +125,62 @@ impl Cluster {
         if !self.saved.forge {
             bail!("cluster {} was brought up without a forge; run `cluster up`", self.layout.name());
         }
-        Ok(ForgeAccess {
+        let place = self.saved.place.clone().unwrap_or_else(|| ForgePlace {
             url: format!("http://forge.{OUTSIDE_DOMAIN}:{FORGE_PORT}"),
             local_url: self.layout.addresses().forge_url(),
             ip: self.layout.addresses().outside.clone(),
             port: FORGE_PORT,
             admin: forge::ADMIN.to_owned(),
+        });
+        Ok(ForgeAccess {
+            url: place.url,
+            local_url: place.local_url,
+            ip: place.ip,
+            port: place.port,
+            admin: place.admin,
             admin_password: forge::admin_password(&self.layout)?,
             admin_token: forge::admin_token(&self.layout)?,
         })
     }
 
     /// Puts an image (a file that `docker save`, `skopeo` or [`images::Recipe`] wrote) into the node. Returns whether it was not there
-    /// yet.
+    /// yet. Somebody else's cluster pulls its images, and gets none.
     pub fn load_image(&self, archive: &Path) -> Result<bool> {
-        images::load(&self.layout, archive)
+        match self.saved.provider {
+            Provider::Local => images::load(&self.layout, archive),
+            Provider::Kind => kind::load(&self.layout, archive),
+            Provider::Kubeconfig => Ok(false),
+        }
     }
 
     /// `kubectl` as the administrator.
     pub fn kubectl(&self) -> Command {
-        crate::control_plane::kubectl(&self.layout)
+        crate::control_plane::kubectl_with(&self.layout, &self.kubeconfig())
     }
 
-    /// A command that will run in a namespace of the cluster, with the cluster's programs on its path and its kubeconfig.
+    /// A command that will run in a namespace of the cluster, with the cluster's programs on its path and its kubeconfig. In kind, the
+    /// node is kind's container and the outside world is this machine.
     pub fn command_in<I, S>(&self, world: World, argv: I) -> Command
     where
         I: IntoIterator<Item = S>,
         S: AsRef<std::ffi::OsStr>,
     {
         let layout = &self.layout;
-        let mut nsenter = command("nsenter", [
-            format!("--net={}", layout.netns_file(world).display()),
-            format!("--mount={}", layout.mntns_file(world).display()),
-            "--wdns=/".to_owned(),
-            "--".to_owned(),
-        ]);
-        nsenter.args(argv).env("PATH", search_path(layout)).env("KUBECONFIG", layout.kubeconfig());
-        nsenter
+        let mut prefixed = match (self.saved.provider, world) {
+            (Provider::Local, World::Node | World::Outside) => command(
+                "nsenter",
+                [
+                    format!("--net={}", layout.netns_file(world).display()),
+                    format!("--mount={}", layout.mntns_file(world).display()),
+                    "--wdns=/".to_owned(),
+                    "--".to_owned(),
+                ],
+            ),
+            (Provider::Kind, World::Node) => kind::command_in_node(layout),
+            _ => command("env", ["--"]),
+        };
+        prefixed.args(argv).env("PATH", search_path(layout)).env("KUBECONFIG", self.kubeconfig());
+        prefixed
     }
 
     /// Runs a command in a namespace of the cluster, with this program's standard input and outputs.
@@ -155,7 +196,8 @@ impl Cluster {
     /// program and ends with the cluster.
     pub fn start_outside(&self, name: &str, argv: &[&str]) -> Result<()> {
         let (program, args) = argv.split_first().context("nothing to start")?;
-        Daemon::new(name, World::Outside, PathBuf::from(program)).args(args.iter().copied()).ensure(&self.layout).map(drop)
+        let world = if self.saved.provider == Provider::Local { World::Outside } else { World::Machine };
+        Daemon::new(name, world, PathBuf::from(program)).args(args.iter().copied()).ensure(&self.layout).map(drop)
     }
 
     /// Stops what [`start_outside`](Self::start_outside) started.

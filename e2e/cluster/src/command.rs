@@ -44,12 +44,8 @@ pub fn succeeds(command: &mut Command) -> bool {
 
 /// Runs to the end with `input` on standard input.
 pub fn feed(command: &mut Command, input: &str) -> Result<String> {
-    let mut child = command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .with_context(|| cannot_start(command))?;
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().with_context(|| cannot_start(command))?;
     if let Some(mut stdin) = child.stdin.take() {
         // A program that ends early closes the pipe; its own message says more than ours would.
         let _ = stdin.write_all(input.as_bytes());
@@ -65,12 +61,7 @@ pub fn feed(command: &mut Command, input: &str) -> Result<String> {
 pub fn run_logged(command: &mut Command, log: &Path) -> Result<()> {
     let mut file = open_log(log)?;
     writeln!(file, "+ {}", line(command))?;
-    let status = command
-        .stdin(Stdio::null())
-        .stdout(file.try_clone()?)
-        .stderr(file)
-        .status()
-        .with_context(|| cannot_start(command))?;
+    let status = command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file).status().with_context(|| cannot_start(command))?;
     if !status.success() {
         bail!("{} ended with {status}; the end of {}:\n{}", name(command), log.display(), tail(log, TAIL));
     }

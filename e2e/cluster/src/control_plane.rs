@@ -1,5 +1,6 @@
 //! etcd, API server, controller manager and scheduler: processes in the node's namespace.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -11,8 +12,7 @@ use crate::process::{Daemon, check_running};
 use crate::template::render;
 
 /// The parts in the order in which they may be stopped: the API server hangs for ever when etcd goes first.
-pub const STOP_ORDER: [&[&str]; 3] =
-    [&["kube-scheduler", "kube-controller-manager"], &["kube-apiserver"], &["etcd"]];
+pub const STOP_ORDER: [&[&str]; 3] = [&["kube-scheduler", "kube-controller-manager"], &["kube-apiserver"], &["etcd"]];
 
 /// Starts etcd and the API server, if they do not run, and waits until the API server is ready.
 pub fn ensure_api(layout: &Layout) -> Result<()> {
@@ -22,7 +22,7 @@ pub fn ensure_api(layout: &Layout) -> Result<()> {
     wait_for("readiness of the API server", Duration::from_secs(60), Duration::from_millis(200), || {
         check_running(layout, "etcd")?;
         check_running(layout, "kube-apiserver")?;
-        ready(layout)
+        ready(layout, &layout.kubeconfig())
     })
 }
 
@@ -34,19 +34,22 @@ pub fn ensure_controllers(layout: &Layout) -> Result<()> {
 }
 
 /// Fails unless the API server says it is ready.
-pub fn ready(layout: &Layout) -> Result<()> {
-    run(kubectl(layout).args(["get", "--raw=/readyz", "--request-timeout=5s"]))
+pub fn ready(layout: &Layout, kubeconfig: &Path) -> Result<()> {
+    run(kubectl_with(layout, kubeconfig).args(["get", "--raw=/readyz", "--request-timeout=5s"]))
 }
 
 /// Creates the objects every cluster has: DNS, and the policy engine's rights.
 pub fn apply_objects(layout: &Layout) -> Result<()> {
-    let objects = render(include_str!("../templates/cluster.yaml"), &[
-        ("COREDNS", crate::builder::COREDNS_IMAGE),
-        ("DNS_IP", &layout.addresses().dns),
-        ("DOMAIN", CLUSTER_DOMAIN),
-        ("OUTSIDE_DOMAIN", OUTSIDE_DOMAIN),
-        ("OUTSIDE_IP", &layout.addresses().outside),
-    ])?;
+    let objects = render(
+        include_str!("../templates/cluster.yaml"),
+        &[
+            ("COREDNS", crate::builder::COREDNS_IMAGE),
+            ("DNS_IP", &layout.addresses().dns),
+            ("DOMAIN", CLUSTER_DOMAIN),
+            ("OUTSIDE_DOMAIN", OUTSIDE_DOMAIN),
+            ("OUTSIDE_IP", &layout.addresses().outside),
+        ],
+    )?;
     let mut apply = kubectl(layout);
     apply.args(["apply", "--server-side", "--force-conflicts", "--field-manager=mayfly-cluster", "-f", "-"]);
     feed(&mut apply, &objects).context("cannot create the cluster's own objects").map(drop)
@@ -62,8 +65,13 @@ pub fn node_ready(layout: &Layout) -> Result<()> {
 
 /// `kubectl` as the administrator.
 pub fn kubectl(layout: &Layout) -> std::process::Command {
+    kubectl_with(layout, &layout.kubeconfig())
+}
+
+/// `kubectl` with a kubeconfig.
+pub fn kubectl_with(layout: &Layout, kubeconfig: &Path) -> std::process::Command {
     let mut kubectl = command(layout.bin("kubectl"), ["--kubeconfig"]);
-    kubectl.arg(layout.kubeconfig());
+    kubectl.arg(kubeconfig);
     // A proxy setting of the caller must not come between.
     for name in ["http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"] {
         kubectl.env_remove(name);

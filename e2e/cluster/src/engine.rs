@@ -26,14 +26,18 @@ pub enum Engine {
     Cilium,
     /// A bridge: NetworkPolicies are accepted and mean nothing.
     None,
+    /// What somebody else's cluster has.
+    #[value(skip)]
+    Other,
 }
 
 impl Engine {
-    /// `cilium` or `none`.
+    /// `cilium`, `none` or `other`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Cilium => "cilium",
             Self::None => "none",
+            Self::Other => "other",
         }
     }
 
@@ -41,7 +45,7 @@ impl Engine {
     pub fn parts(self) -> &'static [&'static str] {
         match self {
             Self::Cilium => &["cilium-operator", "cilium-agent"],
-            Self::None => &[],
+            Self::None | Self::Other => &[],
         }
     }
 
@@ -50,6 +54,7 @@ impl Engine {
     pub fn ensure(self, layout: &Layout) -> Result<()> {
         match self {
             Self::Cilium => cilium(layout),
+            Self::Other => Ok(()),
             Self::None => {
                 let state = layout.state().display().to_string();
                 let values = [("STATE", state.as_str()), ("POD_CIDR", layout.addresses().pod_cidr.as_str())];
@@ -69,7 +74,7 @@ impl Engine {
                 let mut status = command(layout.bin("cilium-dbg"), ["status", "--brief"]);
                 output(status.env("CILIUM_SOCK", layout.cilium_socket())).context("Cilium's agent is not healthy").map(drop)
             }
-            Self::None => Ok(()),
+            Self::None | Self::Other => Ok(()),
         }
     }
 }
@@ -129,9 +134,7 @@ fn cilium(layout: &Layout) -> Result<()> {
     agent.before = Some(agent_link(layout));
     with_names(agent).ensure(layout)?;
 
-    wait_for("health of Cilium's agent", Duration::from_secs(180), Duration::from_millis(300), || {
-        Engine::Cilium.healthy(layout)
-    })?;
+    wait_for("health of Cilium's agent", Duration::from_secs(180), Duration::from_millis(300), || Engine::Cilium.healthy(layout))?;
     let state = layout.state().display().to_string();
     let config = render(include_str!("../templates/cilium.conflist"), &[("STATE", &state)])?;
     // After the agent is healthy, and not by the agent: a pod that starts earlier would start without a policy.

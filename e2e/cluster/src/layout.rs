@@ -78,21 +78,25 @@ impl Addresses {
     }
 }
 
-/// One of the two network namespaces of a local cluster.
+/// Where a program runs: in one of the two network namespaces of a local cluster, or beside them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum World {
     /// Where the node's processes run.
     Node,
     /// Where everything runs that is not the cluster: forge, decoys, clouds.
     Outside,
+    /// This machine, where no namespaces are made.
+    #[value(skip)]
+    Machine,
 }
 
 impl World {
-    /// `node` or `outside`.
+    /// `node`, `outside` or `machine`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Node => "node",
             Self::Outside => "outside",
+            Self::Machine => "machine",
         }
     }
 }
@@ -124,7 +128,7 @@ impl Layout {
             }
         };
         let addresses = Addresses::of(name);
-        Ok(Self { name: name.to_owned(), addresses, base: PathBuf::from("/var/lib/mayfly-e2e"), cache, repo: repository()? })
+        Ok(Self { name: name.to_owned(), addresses, base: base()?, cache, repo: repository()? })
     }
 
     /// Name of the cluster.
@@ -155,11 +159,6 @@ impl Layout {
     /// A path below [`state`](Self::state).
     pub fn at(&self, path: &str) -> PathBuf {
         self.state().join(path)
-    }
-
-    /// Held while a command changes the cluster. Lies beside the state, because `down` removes the state.
-    pub fn lock(&self) -> PathBuf {
-        self.base.join(format!("{}.lock", self.name))
     }
 
     /// Log files: one per part.
@@ -213,15 +212,25 @@ impl Layout {
     }
 }
 
+/// Where clusters keep what they keep: only root, who alone can have a local cluster, writes to /var/lib.
+fn base() -> Result<PathBuf> {
+    if nix::unistd::geteuid().is_root() {
+        return Ok(PathBuf::from("/var/lib/mayfly-e2e"));
+    }
+    let state = match std::env::var_os("XDG_STATE_HOME") {
+        Some(state) => PathBuf::from(state),
+        None => PathBuf::from(std::env::var_os("HOME").context("HOME is not set")?).join(".local/state"),
+    };
+    Ok(state.join("mayfly-e2e"))
+}
+
 /// The repository: `MAYFLY_REPO`, or the tree this program was compiled in.
 fn repository() -> Result<PathBuf> {
     let path = match std::env::var_os("MAYFLY_REPO") {
         Some(path) => PathBuf::from(path),
         None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../.."),
     };
-    let path = path
-        .canonicalize()
-        .with_context(|| format!("no working tree at {}; set MAYFLY_REPO to one", path.display()))?;
+    let path = path.canonicalize().with_context(|| format!("no working tree at {}; set MAYFLY_REPO to one", path.display()))?;
     if !path.join("e2e/tools").is_dir() {
         bail!("{} has no e2e/tools; set MAYFLY_REPO to a working tree of Mayfly", path.display());
     }

@@ -1,8 +1,8 @@
 //! The local cluster: bringing it up, looking at it, taking it down.
 
 use std::fs::{self, File};
-use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::os::unix::fs::{MetadataExt, symlink};
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,9 +14,11 @@ use crate::builder::{self, Selection, part_folder};
 use crate::command::{wait_for, write_file};
 use crate::control_plane as control;
 use crate::engine::Engine;
+use crate::forge::Place;
 use crate::layout::Layout;
 use crate::process::{self, all_recorded, boot_id};
 use crate::progress::{Progress, seconds};
+use crate::provider::Provider;
 use crate::{cgroup, dns, forge, images, net, node, pki};
 
 /// Programs of the multi-call binary.
@@ -47,6 +49,30 @@ pub struct Saved {
     pub engine: Engine,
     /// Whether it has a forge.
     pub forge: bool,
+    /// Who provides it.
+    #[serde(default)]
+    pub provider: Provider,
+    /// Its kubeconfig, unless that is where a cluster's kubeconfig usually is.
+    #[serde(default)]
+    pub kubeconfig: Option<PathBuf>,
+    /// Its forge, unless that is where a local cluster's is.
+    #[serde(default)]
+    pub place: Option<ForgePlace>,
+}
+
+/// Where a forge is.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ForgePlace {
+    /// Its address for pods.
+    pub url: String,
+    /// Its address for this machine.
+    pub local_url: String,
+    /// Its IP address.
+    pub ip: String,
+    /// Its port.
+    pub port: u16,
+    /// Its administrator.
+    pub admin: String,
 }
 
 impl Saved {
@@ -55,7 +81,7 @@ impl Saved {
         serde_json::from_str(&fs::read_to_string(layout.at("cluster.json")).ok()?).ok()
     }
 
-    fn write(&self, layout: &Layout) -> Result<()> {
+    pub(crate) fn write(&self, layout: &Layout) -> Result<()> {
         write_file(&layout.at("cluster.json"), &serde_json::to_string_pretty(self)?)
     }
 }
@@ -77,14 +103,21 @@ pub fn up(layout: &Layout, options: Options, progress: &Progress) -> Result<()> 
     builder::build(layout, &selection, progress)?;
     if known.is_none() && has_traces(layout) {
         progress.note("found what a cluster left behind that is no more: cleaning up first");
-        tear_down(layout, true, progress)?;
+        tear_down(layout, false, progress)?;
     }
     if known.is_none() {
         // Of the cluster before: kept until now for whoever wanted to know.
         let _ = fs::remove_dir_all(layout.at("log"));
     }
     let running_forge = known.as_ref().is_some_and(|saved| saved.forge);
-    let saved = Saved { boot: boot_id()?, engine: options.engine, forge: options.forge || running_forge };
+    let saved = Saved {
+        boot: boot_id()?,
+        engine: options.engine,
+        forge: options.forge || running_forge,
+        provider: Provider::Local,
+        kubeconfig: None,
+        place: None,
+    };
     saved.write(layout)?;
     link_programs(layout, saved.engine)?;
     net::create(layout)?;
@@ -110,7 +143,7 @@ fn start(layout: &Layout, saved: &Saved, progress: &Progress) -> Result<()> {
             })
         });
         let forge = scope.spawn(|| {
-            if saved.forge { told(progress, "forge", "answers", || forge::ensure(layout)) } else { Ok(()) }
+            if saved.forge { told(progress, "forge", "answers", || forge::ensure(layout, &Place::outside(layout))) } else { Ok(()) }
         });
         let cluster = scope.spawn(|| {
             told(progress, "control plane", "ready", || {
@@ -174,7 +207,7 @@ fn link_programs(layout: &Layout, engine: Engine) -> Result<()> {
     Ok(())
 }
 
-fn link(to: &Path, link: &Path) -> Result<()> {
+pub(crate) fn link(to: &Path, link: &Path) -> Result<()> {
     if fs::read_link(link).is_ok_and(|current| current == to) {
         return Ok(());
     }
@@ -186,8 +219,12 @@ fn link(to: &Path, link: &Path) -> Result<()> {
 /// Takes the cluster down and leaves nothing of it but its logs, or nothing at all.
 pub fn down(layout: &Layout, purge: bool, progress: &Progress) -> Result<()> {
     require_root()?;
+    if !layout.state().exists() && !has_traces(layout) {
+        progress.note(format!("cluster {} is not up", layout.name()));
+        return Ok(());
+    }
     let _lock = lock(layout)?;
-    if !has_traces(layout) && !(purge && layout.state().exists()) {
+    if !has_traces(layout) && !purge {
         progress.note(format!("cluster {} is not up", layout.name()));
         return Ok(());
     }
@@ -200,7 +237,7 @@ pub fn down(layout: &Layout, purge: bool, progress: &Progress) -> Result<()> {
 fn tear_down(layout: &Layout, purge: bool, progress: &Progress) -> Result<()> {
     let step = progress.step("down");
     step.doing("stopping the node");
-    let mut first = vec!["kubelet", "kube-proxy", "cilium-agent", "cilium-operator", forge::stop_part()];
+    let mut first = vec!["kubelet", "kube-proxy", "cilium-agent", "cilium-operator", forge::PART];
     let known = ["containerd", "kube-apiserver", "etcd", "kube-scheduler", "kube-controller-manager"];
     // Decoys and whatever else tests have started.
     let others = all_recorded(layout);
@@ -226,7 +263,7 @@ fn tear_down(layout: &Layout, purge: bool, progress: &Progress) -> Result<()> {
 }
 
 /// Removes the state; logs stay for a look at what happened, unless `purge`.
-fn remove_state(layout: &Layout, purge: bool) -> Result<()> {
+pub(crate) fn remove_state(layout: &Layout, purge: bool) -> Result<()> {
     let state = layout.state();
     let Ok(entries) = fs::read_dir(&state) else { return Ok(()) };
     for entry in entries {
@@ -239,12 +276,16 @@ fn remove_state(layout: &Layout, purge: bool) -> Result<()> {
     }
     if purge {
         fs::remove_dir(&state).with_context(|| format!("cannot remove {}", state.display()))?;
+        if let Some(base) = state.parent() {
+            // Other clusters may be there.
+            let _ = fs::remove_dir(base);
+        }
     }
     Ok(())
 }
 
 /// Whether the cluster that is remembered can still be the one that runs.
-fn is_fresh(layout: &Layout, saved: &Saved) -> bool {
+pub(crate) fn is_fresh(layout: &Layout, saved: &Saved) -> bool {
     boot_id().is_ok_and(|boot| boot == saved.boot) && net::is_complete(layout)
 }
 
@@ -254,15 +295,19 @@ fn has_traces(layout: &Layout) -> bool {
     state || net::exists(layout) || cgroup::exists(layout)
 }
 
-fn lock(layout: &Layout) -> Result<File> {
-    let path = layout.lock();
-    if let Some(folder) = path.parent() {
-        fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+/// Held while a command changes the cluster. The state folder itself is locked, so that nothing is left of the lock either; it may have
+/// been removed, and made anew, while we waited.
+pub(crate) fn lock(layout: &Layout) -> Result<File> {
+    let path = layout.state();
+    loop {
+        fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        let folder = File::open(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        folder.lock().with_context(|| format!("cannot lock {}", path.display()))?;
+        let there = fs::metadata(&path).is_ok_and(|now| folder.metadata().is_ok_and(|held| held.ino() == now.ino()));
+        if there {
+            return Ok(folder);
+        }
     }
-    let file = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
-    // Another `cluster up` or `down`; it will not take for ever.
-    file.lock().with_context(|| format!("cannot lock {}", path.display()))?;
-    Ok(file)
 }
 
 fn require_root() -> Result<()> {

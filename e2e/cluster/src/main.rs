@@ -9,13 +9,13 @@ use clap::{CommandFactory, Parser, Subcommand};
 use mayfly_cluster::builder::{self, Selection};
 use mayfly_cluster::cluster::Cluster;
 use mayfly_cluster::command::command;
-use mayfly_cluster::images::{self, Recipe};
+use mayfly_cluster::images::Recipe;
 use mayfly_cluster::layout::{DEFAULT_NAME, Layout, World};
-use mayfly_cluster::local::{self, Options, Saved};
+use mayfly_cluster::local::{Options, Saved};
 use mayfly_cluster::process::exit_code;
 use mayfly_cluster::progress::{Progress, seconds};
 use mayfly_cluster::status::Status;
-use mayfly_cluster::Engine;
+use mayfly_cluster::{Engine, provider};
 
 /// A real Kubernetes cluster, forge and policy engine on this machine, for Mayfly's tests and demo.
 #[derive(Parser)]
@@ -142,8 +142,8 @@ fn run(cli: Cli) -> Result<ExitCode> {
             builder::build(&layout, &Selection::named(&parts)?, &progress)?;
             progress.note(format!("everything is built ({})", seconds(began.elapsed())));
         }
-        Verb::Up { engine, no_forge } => local::up(&layout, Options { engine, forge: !no_forge }, &progress)?,
-        Verb::Down { purge } => local::down(&layout, purge, &progress)?,
+        Verb::Up { engine, no_forge } => provider::up(&layout, Options { engine, forge: !no_forge }, &progress)?,
+        Verb::Down { purge } => provider::down(&layout, purge, &progress)?,
         Verb::Status { output } => return status(&layout, output, &mut out),
         Verb::Logs { part, follow, lines } => return logs(&layout, part.as_deref(), follow, lines, &mut out),
         Verb::Env => environment(&cli.name, &mut out)?,
@@ -161,7 +161,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
                 recipe.args.insert(name.to_owned(), value.to_owned());
             }
             let image = recipe.build(&layout, &progress)?;
-            if !no_load && Saved::read(&layout).is_some() && images::load(&layout, &image.archive)? {
+            if !no_load && Saved::read(&layout).is_some() && Cluster::connect_to(&cli.name)?.load_image(&image.archive)? {
                 progress.note(format!("{}: imported", image.reference));
             }
             writeln!(out, "{}", image.archive.display())?;
@@ -227,10 +227,8 @@ fn logs(layout: &Layout, part: Option<&str>, follow: bool, lines: usize, out: &m
 
 fn log_names(folder: &Path) -> Vec<String> {
     let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
-    let mut names: Vec<String> = entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.strip_suffix(".log").map(str::to_owned))
-        .collect();
+    let mut names: Vec<String> =
+        entries.flatten().filter_map(|entry| entry.file_name().to_str()?.strip_suffix(".log").map(str::to_owned)).collect();
     names.sort();
     names
 }
@@ -240,6 +238,7 @@ fn environment(name: &str, out: &mut impl Write) -> Result<()> {
     let mut export = |name: &str, value: &str| writeln!(out, "export {name}='{}'", value.replace('\'', r"'\''"));
     export("KUBECONFIG", &cluster.kubeconfig().display().to_string())?;
     export("MAYFLY_E2E_NAME", name)?;
+    export("MAYFLY_E2E_CLUSTER", cluster.provider().as_str())?;
     export("MAYFLY_E2E_ENGINE", cluster.engine().as_str())?;
     if let Ok(forge) = cluster.forge() {
         export("MAYFLY_FORGE_URL", &forge.url)?;

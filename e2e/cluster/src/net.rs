@@ -30,30 +30,30 @@ pub fn create(layout: &Layout) -> Result<()> {
         layout.addresses();
     let sysctl = "net.ipv4.ip_forward=1";
     for netns in [&node, &outside] {
-        run(&mut command("ip", ["netns", "add", netns])).with_context(|| {
-            format!("cannot make the network namespace {netns}; this needs root and a kernel with network namespaces")
-        })?;
+        run(&mut command("ip", ["netns", "add", netns]))
+            .with_context(|| format!("cannot make the network namespace {netns}; this needs root and a kernel with network namespaces"))?;
     }
     ip(&[
         &format!("link add eth0 netns {node} type veth peer name eth0 netns {outside}"),
         &format!("link add {host} type veth peer name host0 netns {outside}"),
     ])?;
-    ip_in(&node, &[
-        "link set lo up",
-        &format!("addr add {node_ip}/24 dev eth0"),
-        "link set eth0 up",
-        &format!("route add default via {outside_ip}"),
-    ])?;
-    ip_in(&outside, &[
-        "link set lo up",
-        &format!("addr add {METADATA_IP}/32 dev lo"),
-        &format!("addr add {outside_ip}/24 dev eth0"),
-        "link set eth0 up",
-        &format!("addr add {host_link}/30 dev host0"),
-        "link set host0 up",
-        &format!("route add {pod_cidr} via {node_ip}"),
-        &format!("route add {service_cidr} via {node_ip}"),
-    ])?;
+    ip_in(
+        &node,
+        &["link set lo up", &format!("addr add {node_ip}/24 dev eth0"), "link set eth0 up", &format!("route add default via {outside_ip}")],
+    )?;
+    ip_in(
+        &outside,
+        &[
+            "link set lo up",
+            &format!("addr add {METADATA_IP}/32 dev lo"),
+            &format!("addr add {outside_ip}/24 dev eth0"),
+            "link set eth0 up",
+            &format!("addr add {host_link}/30 dev host0"),
+            "link set host0 up",
+            &format!("route add {pod_cidr} via {node_ip}"),
+            &format!("route add {service_cidr} via {node_ip}"),
+        ],
+    )?;
     ip(&[
         &format!("addr add {host_ip}/30 dev {host}"),
         &format!("link set {host} up"),
@@ -95,7 +95,7 @@ pub fn create_mount_namespaces(layout: &Layout) -> Result<()> {
         write_file(&file, "")?;
         let script = match world {
             World::Node => NODE_MOUNTS,
-            World::Outside => OUTSIDE_MOUNTS,
+            World::Outside | World::Machine => OUTSIDE_MOUNTS,
         };
         run(command("unshare", [format!("--mount={}", file.display())])
             .args(["--propagation", "slave", "sh", "-euc", script])
@@ -192,8 +192,7 @@ pub fn remove_mount_namespaces(layout: &Layout) -> Result<()> {
 pub fn is_complete(layout: &Layout) -> bool {
     Path::new("/sys/class/net").join(layout.host_link()).exists()
         && [World::Node, World::Outside].into_iter().all(|world| {
-            layout.netns_file(world).exists()
-                && succeeds(&mut command("ip", ["-n", &layout.netns(world), "link", "show", "eth0"]))
+            layout.netns_file(world).exists() && succeeds(&mut command("ip", ["-n", &layout.netns(world), "link", "show", "eth0"]))
         })
 }
 

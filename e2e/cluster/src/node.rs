@@ -49,15 +49,18 @@ pub fn ensure_agents(layout: &Layout) -> Result<()> {
     let config = layout.at("kubelet.yaml");
     write_file(
         &config,
-        &render(include_str!("../templates/kubelet.yaml"), &[
-            ("STATE", &state),
-            ("PKI", &pki_folder),
-            ("SOCKET", &socket),
-            ("CGROUP", &layout.cgroup()),
-            ("NODE_IP", node_ip),
-            ("DNS_IP", &layout.addresses().dns),
-            ("DOMAIN", CLUSTER_DOMAIN),
-        ])?,
+        &render(
+            include_str!("../templates/kubelet.yaml"),
+            &[
+                ("STATE", &state),
+                ("PKI", &pki_folder),
+                ("SOCKET", &socket),
+                ("CGROUP", &layout.cgroup()),
+                ("NODE_IP", node_ip),
+                ("DNS_IP", &layout.addresses().dns),
+                ("DOMAIN", CLUSTER_DOMAIN),
+            ],
+        )?,
     )?;
     let mut kubelet = Daemon::new("kubelet", World::Node, layout.bin("kubelet")).args([
         format!("--config={}", config.display()),
@@ -72,9 +75,7 @@ pub fn ensure_agents(layout: &Layout) -> Result<()> {
     let config = layout.at("proxy.yaml");
     let values = [("PKI", pki_folder.as_str()), ("NODE", NODE_NAME), ("NODE_IP", node_ip)];
     write_file(&config, &render(include_str!("../templates/proxy.yaml"), &values)?)?;
-    Daemon::new("kube-proxy", World::Node, layout.bin("kube-proxy"))
-        .args([format!("--config={}", config.display())])
-        .ensure(layout)?;
+    Daemon::new("kube-proxy", World::Node, layout.bin("kube-proxy")).args([format!("--config={}", config.display())]).ensure(layout)?;
     Ok(())
 }
 

@@ -8,8 +8,8 @@ use anyhow::{Context, Result};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    PKCS_ECDSA_P256_SHA256, SanType,
 };
 use time::{Duration, OffsetDateTime};
 
@@ -47,13 +47,19 @@ pub fn create(layout: &Layout) -> Result<()> {
 
     let (addresses, server) = (layout.addresses(), layout.addresses().api_url());
     let service = format!("kubernetes.default.svc.{CLUSTER_DOMAIN}");
-    let api_names =
-        [&addresses.node, &addresses.api_service, "127.0.0.1", "localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc", &service];
+    let api_names = [
+        &addresses.node,
+        &addresses.api_service,
+        "127.0.0.1",
+        "localhost",
+        "kubernetes",
+        "kubernetes.default",
+        "kubernetes.default.svc",
+        &service,
+    ];
     authority.issue("kube-apiserver", None, &api_names)?.store(layout, "apiserver")?;
     authority.issue("system:node:node1", Some("system:nodes"), &[&addresses.node, NODE_NAME])?.store(layout, "kubelet-server")?;
-    authority
-        .issue("kube-apiserver-kubelet-client", Some("system:masters"), &[])?
-        .store(layout, "apiserver-kubelet-client")?;
+    authority.issue("kube-apiserver-kubelet-client", Some("system:masters"), &[])?.store(layout, "apiserver-kubelet-client")?;
 
     let accounts = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
     write_private(&path(layout, "service-accounts.key"), &accounts.serialize_pem())?;
@@ -108,8 +114,7 @@ impl Authority {
                 Err(_) => SanType::DnsName((*name).try_into()?),
             });
         }
-        let certificate =
-            params.signed_by(&key, &self.issuer).with_context(|| format!("cannot sign the certificate of {user}"))?;
+        let certificate = params.signed_by(&key, &self.issuer).with_context(|| format!("cannot sign the certificate of {user}"))?;
         Ok(Pair { certificate: certificate.pem(), key: key.serialize_pem() })
     }
 }

@@ -119,7 +119,7 @@ impl Daemon {
                 return Ok(false);
             }
             // A loop that was killed leaves its program behind, which would hold ports and files.
-            cgroup::kill_session(layout, identity.pid)?;
+            cgroup::kill_group(layout, identity.pid)?;
         }
         self.start(layout).with_context(|| format!("cannot start {}", self.part))?;
         Ok(true)
@@ -128,11 +128,12 @@ impl Daemon {
     fn start(&self, layout: &Layout) -> Result<()> {
         let log_path = layout.log(&self.part);
         let log = open_log(&log_path)?;
-        let mut argv: Vec<String> = vec![
-            "nsenter".into(),
-            format!("--net={}", layout.netns_file(self.world).display()),
-            format!("--mount={}", layout.mntns_file(self.world).display()),
-        ];
+        let mut argv: Vec<String> = Vec::new();
+        if self.world != World::Machine {
+            argv.push("nsenter".into());
+            argv.push(format!("--net={}", layout.netns_file(self.world).display()));
+            argv.push(format!("--mount={}", layout.mntns_file(self.world).display()));
+        }
         if let Some(mounts) = &self.mounts {
             argv.extend(["unshare".into(), "--mount".into(), "--propagation".into(), mounts.propagation.into()]);
             argv.extend(["sh".into(), "-euc".into(), format!("{}\nexec \"$@\"", mounts.script), self.part.clone()]);
@@ -159,7 +160,9 @@ impl Daemon {
         let Some(identity) = Identity::of(pid) else {
             bail!("it ended at once; the end of {}:\n{}", log_path.display(), tail(&log_path, 20));
         };
-        cgroup::track(layout, pid)?;
+        if self.world != World::Machine {
+            cgroup::track(layout, pid)?;
+        }
         let record = Record { identity, boot: boot_id()?, command: line(&command) };
         write_file(&record_path(layout, &self.part), &serde_json::to_string_pretty(&record)?)
     }
@@ -256,9 +259,7 @@ fn record_path(layout: &Layout, part: &str) -> PathBuf {
 
 fn remove_if_there(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("cannot remove {}", path.display()))
-        }
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).with_context(|| format!("cannot remove {}", path.display())),
         _ => Ok(()),
     }
 }

@@ -31,12 +31,8 @@ struct Running {
 impl Progress {
     /// Lines go to `sink`, without a line break.
     pub fn new(sink: impl Fn(&str) + Send + Sync + 'static) -> Self {
-        let inner = Arc::new(Inner {
-            began: Instant::now(),
-            sink: Box::new(sink),
-            running: Mutex::new(BTreeMap::new()),
-            next: AtomicU64::new(0),
-        });
+        let inner =
+            Arc::new(Inner { began: Instant::now(), sink: Box::new(sink), running: Mutex::new(BTreeMap::new()), next: AtomicU64::new(0) });
         let weak = Arc::downgrade(&inner);
         thread::spawn(move || beat(&weak));
         Self(inner)

@@ -9,6 +9,7 @@ use serde::Serialize;
 use crate::layout::Layout;
 use crate::local::Saved;
 use crate::process::{Identity, all_recorded};
+use crate::provider::Provider;
 use crate::{control_plane, dns, forge};
 
 /// How a cluster is.
@@ -55,24 +56,26 @@ impl Status {
         let processes: Vec<ProcessStatus> =
             all_recorded(layout).into_iter().map(|(part, identity)| process_status(part, identity)).collect();
         let checks = saved.as_ref().map(|saved| checks(layout, saved)).unwrap_or_default();
-        let healthy = saved.is_some()
-            && processes.iter().all(|process| process.pid.is_some())
-            && checks.iter().all(|check| check.problem.is_none());
+        let healthy =
+            saved.is_some() && processes.iter().all(|process| process.pid.is_some()) && checks.iter().all(|check| check.problem.is_none());
         let engine = saved.map(|saved| saved.engine.as_str().to_owned());
         Self { name: layout.name().to_owned(), healthy, engine, processes, checks }
     }
 }
 
 fn checks(layout: &Layout, saved: &Saved) -> Vec<Check> {
+    let url = saved.place.as_ref().map_or_else(|| layout.addresses().forge_url(), |place| place.local_url.clone());
+    let kubeconfig = saved.kubeconfig.clone().unwrap_or_else(|| layout.kubeconfig());
     thread::scope(|scope| {
-        let mut asked: Vec<(&'static str, thread::ScopedJoinHandle<'_, Result<()>>)> = vec![
-            ("API server", scope.spawn(|| control_plane::ready(layout))),
-            ("node", scope.spawn(|| control_plane::node_ready(layout))),
-            ("engine", scope.spawn(|| saved.engine.healthy(layout))),
-            ("DNS", scope.spawn(|| dns::answers(layout))),
-        ];
+        let mut asked: Vec<(&'static str, thread::ScopedJoinHandle<'_, Result<()>>)> =
+            vec![("API server", scope.spawn(|| control_plane::ready(layout, &kubeconfig)))];
+        if saved.provider == Provider::Local {
+            asked.push(("node", scope.spawn(|| control_plane::node_ready(layout))));
+            asked.push(("engine", scope.spawn(|| saved.engine.healthy(layout))));
+            asked.push(("DNS", scope.spawn(|| dns::answers(layout))));
+        }
         if saved.forge {
-            asked.push(("forge", scope.spawn(|| forge::healthy(layout))));
+            asked.push(("forge", scope.spawn(|| forge::healthy(&url))));
         }
         asked
             .into_iter()
@@ -92,12 +95,7 @@ fn process_status(part: String, identity: Identity) -> ProcessStatus {
     if !identity.alive() {
         return ProcessStatus { part, pid: None, seconds: None, memory_mib: None };
     }
-    ProcessStatus {
-        part,
-        pid: Some(identity.pid),
-        seconds: age(identity),
-        memory_mib: Some(memory_of_group(identity.pid) >> 10),
-    }
+    ProcessStatus { part, pid: Some(identity.pid), seconds: age(identity), memory_mib: Some(memory_of_group(identity.pid) >> 10) }
 }
 
 /// Seconds since a process started: the kernel counts hundredths since the machine did.

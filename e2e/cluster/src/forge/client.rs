@@ -233,10 +233,8 @@ impl Forge {
 
     /// Writes several files as one commit, and returns the commit.
     pub fn put_files(&self, owner: &str, repo: &str, branch: &str, files: &[(&str, &[u8])], message: &str) -> Result<String> {
-        let files: Vec<Value> = files
-            .iter()
-            .map(|(path, content)| json!({"operation": "upload", "path": path, "content": STANDARD.encode(content)}))
-            .collect();
+        let files: Vec<Value> =
+            files.iter().map(|(path, content)| json!({"operation": "upload", "path": path, "content": STANDARD.encode(content)})).collect();
         let body = json!({"branch": branch, "message": message, "files": files});
         let answer = self.call("POST", &format!("/repos/{owner}/{repo}/contents"), Some(&body))?;
         answer["commit"]["sha"].as_str().map(str::to_owned).context("the forge made a commit and did not name it")
@@ -398,9 +396,7 @@ fn status(error: &anyhow::Error) -> Option<u16> {
 
 fn present_is_fine(result: Result<Value>) -> Result<()> {
     match result {
-        Err(error) if matches!(status(&error), Some(409)) || (status(&error) == Some(422) && error.to_string().contains("exist")) => {
-            Ok(())
-        }
+        Err(error) if matches!(status(&error), Some(409)) || (status(&error) == Some(422) && error.to_string().contains("exist")) => Ok(()),
         other => other.map(drop),
     }
 }

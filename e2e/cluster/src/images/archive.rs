@@ -71,9 +71,8 @@ pub fn write(root: &Path, config: &Config, reference: &str, began: u64, archive:
     }]);
 
     let mut out = Builder::new(io::BufWriter::new(File::create(archive)?));
-    let mut add = |name: &str, content: &[u8]| -> io::Result<()> {
-        out.append_data(&mut plain_header(content.len() as u64), name, content)
-    };
+    let mut add =
+        |name: &str, content: &[u8]| -> io::Result<()> { out.append_data(&mut plain_header(content.len() as u64), name, content) };
     add("oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#)?;
     add("index.json", index.to_string().as_bytes())?;
     add("manifest.json", docker.to_string().as_bytes())?;

@@ -179,9 +179,7 @@ impl Parser<'_> {
         } else {
             let suite = image.strip_prefix("debian:").and_then(|tag| tag.strip_suffix("-slim"));
             match suite {
-                Some(suite) if suite.bytes().all(|b| b.is_ascii_lowercase()) && !suite.is_empty() => {
-                    Base::Debian(suite.to_owned())
-                }
+                Some(suite) if suite.bytes().all(|b| b.is_ascii_lowercase()) && !suite.is_empty() => Base::Debian(suite.to_owned()),
                 _ => bail!("{image} is not known here; use scratch, debian:SUITE-slim or an earlier stage"),
             }
         };
@@ -199,13 +197,7 @@ impl Parser<'_> {
                 "TARGETARCH" => Some(architecture().to_owned()),
                 _ => None,
             };
-            let value = self
-                .build_args
-                .get(&name)
-                .cloned()
-                .or(default)
-                .or_else(|| self.global.args.get(&name).cloned())
-                .or(platform);
+            let value = self.build_args.get(&name).cloned().or(default).or_else(|| self.global.args.get(&name).cloned()).or(platform);
             if let Some(value) = value {
                 self.stages.last_mut().map_or(&mut self.global, |stage| &mut stage.scope).args.insert(name, value);
             }

@@ -19,17 +19,14 @@ fn reads_a_product_image() {
          65532:65532\nENTRYPOINT [\"/mayfly\"]\n",
     );
     let source = format!("bin/{}/mayfly", architecture());
-    assert_eq!(steps, [
-        Instruction::Copy {
-            from: None,
-            sources: vec![source],
-            destination: "/mayfly".into(),
-            mode: Some(0o755),
-            owner: None,
-        },
-        Instruction::User("65532:65532".into()),
-        Instruction::Entrypoint(vec!["/mayfly".into()]),
-    ]);
+    assert_eq!(
+        steps,
+        [
+            Instruction::Copy { from: None, sources: vec![source], destination: "/mayfly".into(), mode: Some(0o755), owner: None },
+            Instruction::User("65532:65532".into()),
+            Instruction::Entrypoint(vec!["/mayfly".into()]),
+        ]
+    );
 }
 
 #[test]
@@ -48,11 +45,10 @@ fn variables_come_from_arguments_then_defaults() {
     let text = "ARG SUITE=bookworm\nFROM debian:${SUITE}-slim\nARG UID=1001\nENV HOME=/home/$USER_NAME X='$UID' Y=\"a b $UID\"\nUSER \
                 ${UID}:${GID:-7}\n";
     let values = steps(text);
-    assert_eq!(values[0], Instruction::Env(vec![
-        ("HOME".into(), "/home/".into()),
-        ("X".into(), "$UID".into()),
-        ("Y".into(), "a b 1001".into()),
-    ]));
+    assert_eq!(
+        values[0],
+        Instruction::Env(vec![("HOME".into(), "/home/".into()), ("X".into(), "$UID".into()), ("Y".into(), "a b 1001".into()),])
+    );
     assert_eq!(values[1], Instruction::User("1001:7".into()));
     let given = parse(text, &Variables::from([("SUITE".into(), "trixie".into()), ("UID".into(), "5".into())])).unwrap();
     assert_eq!(given[0].base, Base::Debian("trixie".into()));

@@ -51,9 +51,7 @@ impl Recipe {
     /// tag, the image is `mayfly.test/FOLDER:dev`.
     pub fn new(path: &Path, contexts: Vec<PathBuf>, tag: Option<&str>) -> Result<Self> {
         let dockerfile = if path.is_dir() { path.join("Dockerfile") } else { path.to_owned() };
-        let dockerfile = dockerfile
-            .canonicalize()
-            .with_context(|| format!("there is no Dockerfile at {}", dockerfile.display()))?;
+        let dockerfile = dockerfile.canonicalize().with_context(|| format!("there is no Dockerfile at {}", dockerfile.display()))?;
         let folder = dockerfile.parent().context("a Dockerfile has a folder")?.to_owned();
         let default = format!("mayfly.test/{}:dev", folder.file_name().unwrap_or_default().to_string_lossy());
         let contexts = if contexts.is_empty() { vec![folder] } else { contexts };

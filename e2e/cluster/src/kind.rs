@@ -1,0 +1,94 @@
+//! The cluster from kind, with the forge as a process of this machine that listens on the address of kind's network.
+//!
+//! **Not tried where this was written, because no Docker daemon was there**: it follows kind's documentation and is kept small. What
+//! differs from the local cluster: names of `mayfly.test` do not resolve, so the forge is known by its address; and the outside world
+//! is this machine.
+
+use anyhow::{Context, Result, bail};
+
+use crate::builder::{self, Selection, part_folder};
+use crate::command::{command, output, run_logged};
+use crate::engine::Engine;
+use crate::forge::{self, Place};
+use crate::layout::{FORGE_PORT, Layout, World};
+use crate::local::{ForgePlace, Options, Saved, link, lock, remove_state};
+use crate::process::{boot_id, stop};
+use crate::progress::Progress;
+use crate::provider::Provider;
+
+pub(crate) fn up(layout: &Layout, options: Options, progress: &Progress) -> Result<()> {
+    let _lock = lock(layout)?;
+    builder::build(layout, &Selection::for_kind(options.forge), progress)?;
+    std::fs::create_dir_all(layout.at("bin"))?;
+    link(&part_folder(layout, "kubernetes")?.join("kube"), &layout.bin("kubectl"))?;
+    link(&part_folder(layout, "kind")?.join("kind"), &layout.bin("kind"))?;
+
+    let clusters = output(&mut kind(layout, &["get", "clusters"])).context("cannot ask kind; does Docker answer?")?;
+    if !clusters.lines().any(|name| name == layout.name()) {
+        let step = progress.step("kind");
+        step.doing("creating the cluster");
+        let kubeconfig = layout.kubeconfig();
+        let mut create = kind(layout, &["create", "cluster", "--wait", "180s", "--kubeconfig"]);
+        run_logged(create.arg(&kubeconfig), &layout.log("kind"))?;
+        step.done("created");
+    }
+    let mut saved = Saved {
+        boot: boot_id()?,
+        provider: Provider::Kind,
+        // kind's own network enforces policies.
+        engine: Engine::Other,
+        forge: options.forge,
+        kubeconfig: None,
+        place: None,
+    };
+    if options.forge {
+        let step = progress.step("forge");
+        let ip = gateway()?;
+        let url = format!("http://{ip}:{FORGE_PORT}");
+        forge::ensure(layout, &Place { world: World::Machine, ip: ip.clone(), url: url.clone() })?;
+        let admin = forge::ADMIN.to_owned();
+        saved.place = Some(ForgePlace { url: url.clone(), local_url: url, ip, port: FORGE_PORT, admin });
+        step.done("answers");
+    }
+    saved.write(layout)
+}
+
+pub(crate) fn down(layout: &Layout, progress: &Progress) -> Result<()> {
+    let _lock = lock(layout)?;
+    let step = progress.step("down");
+    stop(layout, &[forge::PART], std::time::Duration::from_secs(8))?;
+    run_logged(&mut kind(layout, &["delete", "cluster"]), &layout.log("kind"))?;
+    remove_state(layout, true)?;
+    step.done("kind's cluster is deleted");
+    Ok(())
+}
+
+/// Puts an image into kind's node.
+pub(crate) fn load(layout: &Layout, archive: &std::path::Path) -> Result<bool> {
+    let mut load = kind(layout, &["load", "image-archive"]);
+    run_logged(load.arg(archive), &layout.log("kind"))?;
+    Ok(true)
+}
+
+/// A command in kind's node.
+pub(crate) fn command_in_node(layout: &Layout) -> std::process::Command {
+    command("docker", ["exec", "-i", &format!("{}-control-plane", layout.name())])
+}
+
+fn kind(layout: &Layout, verb: &[&str]) -> std::process::Command {
+    let mut kind = command(layout.bin("kind"), verb);
+    if verb != ["get", "clusters"] {
+        kind.args(["--name", layout.name()]);
+    }
+    kind
+}
+
+/// This machine's IPv4 address on kind's network: pods reach the machine by it.
+fn gateway() -> Result<String> {
+    let format = "{{range .IPAM.Config}}{{.Gateway}} {{end}}";
+    let text = output(&mut command("docker", ["network", "inspect", "kind", "-f", format]))?;
+    match text.split_whitespace().find(|address| address.parse::<std::net::Ipv4Addr>().is_ok()) {
+        Some(address) => Ok(address.to_owned()),
+        None => bail!("Docker's network `kind` has no IPv4 gateway: {text}"),
+    }
+}
