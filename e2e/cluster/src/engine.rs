@@ -24,7 +24,7 @@ pub enum Engine {
     /// Cilium: NetworkPolicies are enforced.
     #[default]
     Cilium,
-    /// A bridge: NetworkPolicies are accepted and mean nothing.
+    /// A link for each pod, and routes: NetworkPolicies are accepted and mean nothing.
     None,
     /// What somebody else's cluster has.
     #[value(skip)]
@@ -58,8 +58,8 @@ impl Engine {
             Self::None => {
                 let state = layout.state().display().to_string();
                 let values = [("STATE", state.as_str()), ("POD_CIDR", layout.addresses().pod_cidr.as_str())];
-                let config = render(include_str!("../templates/bridge.conflist"), &values)?;
-                write_file(&layout.at("cni/conf/05-bridge.conflist"), &config)
+                let config = render(include_str!("../templates/ptp.conflist"), &values)?;
+                write_file(&layout.at("cni/conf/05-ptp.conflist"), &config)
             }
         }
     }

@@ -237,6 +237,8 @@ pub fn down(layout: &Layout, purge: bool, progress: &Progress) -> Result<()> {
 fn tear_down(layout: &Layout, purge: bool, progress: &Progress) -> Result<()> {
     let step = progress.step("down");
     step.doing("stopping the node");
+    // From here on it is not up: should we be interrupted, the next `up` does not take what is ending for what runs.
+    let _ = fs::remove_file(layout.at("cluster.json"));
     let mut first = vec!["kubelet", "kube-proxy", "cilium-agent", "cilium-operator", forge::PART];
     let known = ["containerd", "kube-apiserver", "etcd", "kube-scheduler", "kube-controller-manager"];
     // Decoys and whatever else tests have started.

@@ -1,6 +1,6 @@
 //! `cluster`: builds, starts, shows and stops the test cluster.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -119,6 +119,10 @@ enum Format {
 fn main() -> ExitCode {
     match run(Cli::parse()) {
         Ok(code) => code,
+        // Whoever read our output has seen enough.
+        Err(error) if error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == ErrorKind::BrokenPipe) => {
+            ExitCode::SUCCESS
+        }
         Err(error) => {
             // Nothing is left to tell about it.
             let _ = writeln!(std::io::stderr(), "error: {error:#}");

@@ -14,7 +14,7 @@ use crate::template::render;
 use crate::{command, pki};
 
 /// Where Debian puts CNI plugins, and which of them are used.
-const CNI_PLUGINS: (&str, [&str; 3]) = ("/usr/lib/cni", ["loopback", "bridge", "host-local"]);
+const CNI_PLUGINS: (&str, [&str; 3]) = ("/usr/lib/cni", ["loopback", "ptp", "host-local"]);
 
 /// Starts containerd, if it does not run, and waits for its first answer.
 pub fn ensure_containerd(layout: &Layout) -> Result<()> {

@@ -11,7 +11,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("bpftool", "Cilium's agent asks the kernel for its features with it"),
     ("ca-certificates", "Go modules and Debian packages come over TLS"),
     ("clang-19", "Cilium's agent compiles its BPF programs with it"),
-    ("containernetworking-plugins", "loopback for every pod; bridge and host-local without an engine"),
+    ("containernetworking-plugins", "loopback for every pod; ptp and host-local without an engine"),
     ("gcc", "runc and Gitea's SQLite are C"),
     ("git", "Gitea runs it"),
     ("iproute2", "namespaces, links, routes"),

@@ -64,7 +64,9 @@ impl Recipe {
         let text = fs::read_to_string(&self.dockerfile).with_context(|| format!("cannot read {}", self.dockerfile.display()))?;
         let stages = dockerfile::parse(&text, &self.args).with_context(inside)?;
         let key = self.key(layout, &text, &stages).with_context(inside)?;
-        let slug: String = self.tag.chars().map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '_' }).collect();
+        // Without the tag, so that old builds of one image are forgotten whatever their tags were.
+        let name = self.tag.rsplit_once(':').map_or(self.tag.as_str(), |(name, _)| name);
+        let slug: String = name.chars().map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '_' }).collect();
         let folder = layout.cache().join("images").join(format!("{slug}-{key}"));
         let image = Image { reference: self.tag.clone(), archive: folder.join("image.tar") };
         if image.archive.exists() {
