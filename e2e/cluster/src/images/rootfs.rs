@@ -145,7 +145,7 @@ ln -s /proc/self/fd "$root/dev/fd"
 exec chroot --userspec="$userspec" "$root" /usr/bin/env -C "$workdir" -- "$@""#;
     let mut unshare = command("unshare", ["--mount", "--pid", "--fork", "--kill-child", "sh", "-euc", script, "run"]);
     unshare.arg(root).arg(format!("{user}:{group}")).arg(workdir).args(argv);
-    unshare.env_clear().env("HOME", "/root").envs(environment);
+    unshare.env_clear().env("HOME", "/root").env("SOURCE_DATE_EPOCH", YOUNGEST.to_string()).envs(environment);
     if !environment.contains_key("PATH") {
         unshare.env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
     }
