@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 
 use crate::command::{command, hex, output};
 use crate::layout::Layout;
+use crate::process::Identity;
 
 /// Builds of one part that are kept: the one in use, the newest, and one to go back to.
 const KEPT: usize = 3;
@@ -309,6 +310,7 @@ impl Key {
 pub fn publish(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let parent = folder.parent().with_context(|| format!("{} has no parent", folder.display()))?;
     let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    sweep(parent);
     let working = parent.join(format!(".{name}.{}", std::process::id()));
     let _ = fs::remove_dir_all(&working);
     fs::create_dir_all(&working).with_context(|| format!("cannot make {}", working.display()))?;
@@ -324,6 +326,19 @@ pub fn publish(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<
         Err(error) => return Err(error).with_context(|| format!("cannot put {} in place", folder.display())),
     }
     forget_old(parent, &name)
+}
+
+/// Removes working folders, `.NAME.PID`, of processes that are gone: somebody interrupted them.
+fn sweep(parent: &Path) {
+    let Ok(entries) = fs::read_dir(parent) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|name| name.strip_prefix('.')?.rsplit_once('.')?.1.parse::<i32>().ok());
+        if pid.is_some_and(|pid| Identity::of(pid).is_none()) {
+            // Another process may sweep too.
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
 }
 
 /// Removes all but the newest few folders `PART-*` beside a new one.
@@ -393,6 +408,9 @@ mod tests {
             publish(&folder, |working| Ok(fs::write(working.join("file"), "x")?)).unwrap();
             std::thread::sleep(std::time::Duration::from_millis(10));
         }
+        assert!(publish(&parent.join("part-9"), |_| bail!("no")).is_err());
+        // No pid is that large.
+        fs::create_dir(parent.join(".part-1.99999999")).unwrap();
         assert!(publish(&parent.join("part-9"), |_| bail!("no")).is_err());
         let mut left: Vec<String> = fs::read_dir(&parent).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         left.sort();

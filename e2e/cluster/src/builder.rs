@@ -18,7 +18,7 @@ use crate::layout::Layout;
 use crate::packages;
 use crate::progress::Progress;
 
-/// Names of the images in the order of [`image_recipe`], with the Go part each carries.
+/// Names of our own images, with the Go part each carries.
 pub const IMAGES: &[(&str, &str)] = &[("image-pause", "pause"), ("image-coredns", "coredns"), ("image-gitea-runner", "gitea-runner")];
 
 /// The pods' sandbox image.

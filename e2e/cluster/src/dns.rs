@@ -18,14 +18,19 @@ pub fn answers(layout: &Layout) -> Result<()> {
     Ok(())
 }
 
-/// The first IPv4 address of a name (RFC 1035), asked from this machine through the Service's address.
+/// The first IPv4 address of a name, asked from this machine through the Service's address.
 pub fn lookup(layout: &Layout, name: &str) -> Result<Option<Ipv4Addr>> {
+    lookup_at(&layout.addresses().dns, name)
+}
+
+/// The first IPv4 address that a DNS server (RFC 1035) gives for a name, within a second.
+pub fn lookup_at(server: &str, name: &str) -> Result<Option<Ipv4Addr>> {
     let socket = UdpSocket::bind("0.0.0.0:0")?;
     socket.set_read_timeout(Some(Duration::from_secs(1)))?;
     let id = u16::try_from(std::process::id() & 0xffff)?;
-    socket.send_to(&query(id, name)?, (layout.addresses().dns.as_str(), 53)).context("cannot send to the cluster's DNS server")?;
+    socket.send_to(&query(id, name)?, (server, 53)).with_context(|| format!("cannot send to the DNS server {server}"))?;
     let mut buffer = [0u8; 512];
-    let length = socket.recv(&mut buffer).context("the cluster's DNS server does not answer")?;
+    let length = socket.recv(&mut buffer).with_context(|| format!("the DNS server {server} does not answer"))?;
     answer(id, &buffer[..length])
 }
 

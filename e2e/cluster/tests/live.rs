@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use mayfly_cluster::command::feed;
+use mayfly_cluster::dns::lookup_at;
 use mayfly_cluster::forge::Scope;
 use mayfly_cluster::{Cluster, World};
 use serde_json::json;
@@ -93,6 +95,75 @@ fn a_program_of_the_outside_world_starts_once_and_stops() {
     cluster.stop_outside("live-decoy").unwrap();
     cluster.stop_outside("live-decoy").unwrap();
     assert!(!answers());
+}
+
+/// A DNS server that answers every question with the asker's address, behind a Service.
+const MIRROR: &str = r#"
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: mirror}
+data:
+  Corefile: |
+    .:53 {
+        template IN A . {
+            answer "{{ .Name }} 1 IN A {{ .Remote }}"
+        }
+    }
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: mirror, labels: {app: mirror}}
+spec:
+  hostUsers: false
+  automountServiceAccountToken: false
+  terminationGracePeriodSeconds: 0
+  securityContext: {runAsNonRoot: true, runAsUser: 65532, seccompProfile: {type: RuntimeDefault}}
+  containers:
+  - name: mirror
+    image: mayfly.test/coredns:dev
+    imagePullPolicy: Never
+    args: [-conf, /etc/coredns/Corefile]
+    securityContext: {allowPrivilegeEscalation: false, readOnlyRootFilesystem: true, capabilities: {drop: [ALL]}}
+    volumeMounts: [{name: config, mountPath: /etc/coredns}]
+  volumes: [{name: config, configMap: {name: mirror}}]
+---
+apiVersion: v1
+kind: Service
+metadata: {name: mirror}
+spec: {selector: {app: mirror}, ports: [{port: 53, protocol: UDP}]}
+"#;
+
+const DENY: &str = "
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: deny}
+spec: {podSelector: {}, policyTypes: [Ingress]}
+";
+
+#[test]
+#[ignore = "needs a cluster that is up"]
+fn a_client_keeps_its_address_through_a_service_and_a_policy_stops_it_there() {
+    let cluster = Cluster::connect().unwrap();
+    let namespace = "cluster-live-test";
+    let kubectl = |args: &[&str], input: &str| feed(cluster.kubectl().args(["-n", namespace]).args(args), input).unwrap();
+    kubectl(&["delete", "namespace", namespace, "--ignore-not-found", "--wait"], "");
+    kubectl(&["create", "namespace", namespace], "");
+    kubectl(&["apply", "-f", "-"], MIRROR);
+    kubectl(&["wait", "--for=condition=Ready", "pod/mirror", "--timeout=30s"], "");
+    let service = kubectl(&["get", "service", "mirror", "-o", "jsonpath={.spec.clusterIP}"], "");
+    let ask = || lookup_at(&service, "who.am.i");
+
+    // Behind the node's address every pod would have to let it in.
+    let host = until(|| ask().ok()?).to_string();
+    assert_eq!(host, cluster.layout().addresses().host);
+    if cluster.enforces_policies() == Some(true) {
+        kubectl(&["apply", "-f", "-"], DENY);
+        until(|| ask().is_err().then_some(()));
+        assert!(ask().is_err() && ask().is_err());
+        kubectl(&["delete", "networkpolicy", "deny"], "");
+        until(|| ask().ok()?);
+    }
+    kubectl(&["delete", "namespace", namespace, "--wait=false"], "");
 }
 
 fn until<T>(mut ready: impl FnMut() -> Option<T>) -> T {

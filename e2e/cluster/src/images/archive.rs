@@ -84,7 +84,7 @@ pub fn write(root: &Path, config: &Config, reference: &str, began: u64, archive:
     Ok(())
 }
 
-/// Reference and manifest digest (`sha256:...`) of an archive that names them: one that [`write`] wrote.
+/// Reference and manifest digest (`sha256:...`) of an archive that names them: one that [`write()`] wrote.
 pub fn identify(archive: &Path) -> Result<Option<(String, String)>> {
     let file = File::open(archive).with_context(|| format!("cannot read {}", archive.display()))?;
     let mut tar = tar::Archive::new(file);

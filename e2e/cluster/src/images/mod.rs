@@ -76,7 +76,7 @@ impl Recipe {
             bail!("building images changes owners and roots of file trees; run this as root");
         }
         let step = progress.step(format!("image {}", self.tag));
-        let work = layout.cache().join("images").join(format!(".work-{slug}-{}", std::process::id()));
+        let work = layout.cache().join("images").join(format!(".work-{slug}.{}", std::process::id()));
         let built = crate::artefacts::publish(&folder, |target| {
             let mut builder = Builder {
                 recipe: self,
