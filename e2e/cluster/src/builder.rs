@@ -151,6 +151,8 @@ fn image_recipe(layout: &Layout, name: &str) -> Result<Recipe> {
 struct Board {
     fetched: BTreeSet<&'static str>,
     taken: BTreeSet<&'static str>,
+    /// Modules of which a part is being compiled: two at a time would compile what they share twice.
+    compiling: BTreeSet<&'static str>,
     built: BTreeSet<&'static str>,
     failure: Option<anyhow::Error>,
 }
@@ -253,6 +255,7 @@ impl<'a> Lanes<'a> {
                 next = self.missing.iter().find(|(part, _)| is_ready(part, board, self.selection));
                 if let Some((part, _)) = next {
                     board.taken.insert(part.name);
+                    board.compiling.insert(part.module);
                 }
             });
             match next {
@@ -260,6 +263,7 @@ impl<'a> Lanes<'a> {
                     self.compile_part(part, folder, spare).with_context(|| format!("cannot build {}", part.name))?;
                     self.tell(|board| {
                         board.built.insert(part.name);
+                        board.compiling.remove(part.module);
                     });
                 }
                 None if self.board().taken.len() == self.missing.len() => return Ok(()),
@@ -324,7 +328,8 @@ impl<'a> Lanes<'a> {
 /// A part that can be compiled now and that nobody compiles yet. The first such part in the list is the most urgent.
 fn is_ready(part: &GoPart, board: &Board, selection: &Selection) -> bool {
     let packages = !part.cgo || !selection.has("packages") || board.fetched.contains("packages");
-    packages && board.fetched.contains(part.name) && !board.taken.contains(part.name)
+    let alone = !board.compiling.contains(part.module);
+    packages && alone && board.fetched.contains(part.name) && !board.taken.contains(part.name)
 }
 
 #[cfg(test)]
@@ -347,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_with_c_code_waits_for_the_packages() {
+    fn a_part_waits_for_its_compiler_and_for_its_neighbour() {
         let runc = crate::artefacts::go_part("runc").unwrap();
         let selection = Selection::all();
         let mut board = Board::default();
@@ -355,6 +360,9 @@ mod tests {
         assert!(!is_ready(runc, &board, &selection));
         board.fetched.insert("packages");
         assert!(is_ready(runc, &board, &selection));
+        board.compiling.insert(crate::artefacts::go_part("containerd").unwrap().module);
+        assert!(!is_ready(runc, &board, &selection));
+        board.compiling.clear();
         board.taken.insert("runc");
         assert!(!is_ready(runc, &board, &selection));
     }
