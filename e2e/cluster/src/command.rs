@@ -1,9 +1,11 @@
 //! Running other programs: quietly, with their output in a log file or in the error.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, OpenOptions};
 use std::io::{Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,15 +14,28 @@ use anyhow::{Context, Result, anyhow, bail};
 /// Lines of a log that an error shows.
 const TAIL: usize = 20;
 
-/// `Command::new(program)` with arguments, for brevity.
-pub fn command<I, S>(program: impl AsRef<std::ffi::OsStr>, args: I) -> Command
+/// A program and its arguments. Folders that a shell's path often lacks, for administration and for Go, are searched last.
+pub fn command<I, S>(program: impl AsRef<OsStr>, args: I) -> Command
 where
     I: IntoIterator<Item = S>,
-    S: AsRef<std::ffi::OsStr>,
+    S: AsRef<OsStr>,
 {
+    static PATH: OnceLock<OsString> = OnceLock::new();
+    let path = PATH.get_or_init(|| with_usual_folders(&std::env::var_os("PATH").unwrap_or_default()));
     let mut command = Command::new(program);
-    command.args(args);
+    command.env("PATH", path).args(args);
     command
+}
+
+fn with_usual_folders(path: &OsStr) -> OsString {
+    let mut folders: Vec<PathBuf> = std::env::split_paths(path).filter(|folder| !folder.as_os_str().is_empty()).collect();
+    for usual in ["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin", "/usr/local/go/bin"] {
+        if !folders.iter().any(|folder| folder == Path::new(usual)) {
+            folders.push(usual.into());
+        }
+    }
+    // Fails only for a folder with a colon in its name, which cannot have come out of a path.
+    std::env::join_paths(folders).unwrap_or_else(|_| path.to_owned())
 }
 
 /// Runs to the end and returns standard output; a failure carries standard error.
@@ -199,6 +214,15 @@ mod tests {
         let error = output(&mut command("sh", ["-c", "echo first >&2; echo why >&2; exit 3"])).unwrap_err();
         let text = format!("{error:#}");
         assert!(text.contains("exit status: 3") && text.contains("why"), "{text}");
+    }
+
+    #[test]
+    fn administration_is_on_the_path_and_comes_last() {
+        let path = with_usual_folders(OsStr::new("/mine:/usr/bin"));
+        let path = path.to_str().unwrap();
+        assert!(path.starts_with("/mine:/usr/bin:") && path.contains(":/usr/sbin:"), "{path}");
+        assert_eq!(path.matches("/usr/bin").count(), 1);
+        assert!(!with_usual_folders(OsStr::new("")).to_str().unwrap().starts_with(':'));
     }
 
     #[test]

@@ -59,8 +59,7 @@ pub fn install(layout: &Layout, progress: &Progress) -> Result<()> {
 fn missing() -> Result<Vec<&'static str>> {
     let names = PACKAGES.iter().map(|(name, _)| *name);
     // Ends with 1 when a name is unknown to dpkg, which is one of the answers we ask for.
-    let listed = std::process::Command::new("dpkg-query")
-        .args(["-W", "-f", "${Package} ${db:Status-Status}\n"])
+    let listed = command("dpkg-query", ["-W", "-f", "${Package} ${db:Status-Status}\n"])
         .args(names.clone())
         .output()
         .context("the cluster takes its tools from Debian packages, and this machine has no dpkg-query")?;
