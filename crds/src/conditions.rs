@@ -21,6 +21,10 @@ pub mod reasons {
     pub const INVALID: &str = "InvalidSpec";
     /// The Secret or the key in it that the pool names does not exist in the operator's namespace.
     pub const SECRET_NOT_FOUND: &str = "SecretNotFound";
+    /// The Secret does not allow its use for this forge or by pools of this namespace.
+    pub const SECRET_NOT_ALLOWED: &str = "SecretNotAllowed";
+    /// The pool's namespace could not be prepared (policies, ServiceAccount, the forge's address); the message says why.
+    pub const NOT_PREPARED: &str = "NotPrepared";
     /// The forge cannot be reached.
     pub const UNREACHABLE: &str = "Unreachable";
     /// The forge refuses the pool's token, or the token lacks a permission.

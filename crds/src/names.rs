@@ -16,6 +16,11 @@ pub const LABEL_POOL: &str = "mayfly.dev/pool";
 pub const ANNOTATION_JOB: &str = "mayfly.dev/job";
 /// Annotation on a runner pod: the workflow run and file the job belongs to (`run/path@ref`).
 pub const ANNOTATION_WORKFLOW: &str = "mayfly.dev/workflow";
+/// Annotation that a Secret must carry before the operator uses it: the URL of the one forge its content may be sent to.
+pub const ANNOTATION_FORGE: &str = "mayfly.dev/forge";
+/// Annotation that a Secret must carry before the operator uses it: the namespaces whose pools may name it, comma-separated, with
+/// `*` and `?`.
+pub const ANNOTATION_POOL_NAMESPACES: &str = "mayfly.dev/pool-namespaces";
 /// Finalizer of a RunnerPool: its registrations are still to be removed from the forge.
 pub const FINALIZER_REGISTRATIONS: &str = "mayfly.dev/registrations";
 /// ServiceAccount of runner pods in a pool's namespace. It has no permissions and no token is mounted for the runner.
@@ -57,8 +62,7 @@ impl RunnerName {
     pub fn is_of_pool(name: &str, pool_uid: &str) -> bool {
         let mut parts = name.rsplitn(3, '-');
         let (suffix, hash, pool) = (parts.next(), parts.next(), parts.next());
-        let suffix_fits =
-            suffix.is_some_and(|s| s.len() == SUFFIX_LEN && s.bytes().all(|b| ALPHABET.contains(&b)));
+        let suffix_fits = suffix.is_some_and(|s| s.len() == SUFFIX_LEN && s.bytes().all(|b| ALPHABET.contains(&b)));
         suffix_fits && pool.is_some_and(|p| !p.is_empty()) && hash == Some(pool_hash(pool_uid).as_str())
     }
 }

@@ -30,7 +30,11 @@ impl Organization {
         let password = mayfly_cluster::command::random_hex(16)?;
         forge.create_org(name)?;
         if forge.has_user(&robot)? {
-            forge.call("PATCH", &format!("/admin/users/{robot}"), Some(&json!({"login_name": robot, "source_id": 0, "password": password})))?;
+            forge.call(
+                "PATCH",
+                &format!("/admin/users/{robot}"),
+                Some(&json!({"login_name": robot, "source_id": 0, "password": password})),
+            )?;
         } else {
             forge.create_user(&robot, &password)?;
         }

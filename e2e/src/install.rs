@@ -96,8 +96,7 @@ fn helm(cluster: &Cluster, release: &[String], values: &[String]) -> Result<()> 
 /// Builds one image and puts it into the node; its tag is a hash of the binary, so that an unchanged one restarts nothing.
 fn image(cluster: &Cluster, progress: &Progress, folder: &str, program: &str, name: &str) -> Result<String> {
     let binary = built()?.join(program);
-    let content = fs::read(&binary)
-        .with_context(|| format!("{} is not there: `cargo build --release` makes it", binary.display()))?;
+    let content = fs::read(&binary).with_context(|| format!("{} is not there: `cargo build --release` makes it", binary.display()))?;
     let tag = digest(&content);
     let context = cluster.layout().at(&format!("context/{name}"));
     fs::create_dir_all(&context)?;

@@ -3,6 +3,7 @@
 pub mod forge;
 pub mod install;
 pub mod pool;
+pub mod stage;
 pub mod wait;
 pub mod world;
 

@@ -7,18 +7,18 @@ use anyhow::{Context, Result};
 use k8s_openapi::ByteString;
 use k8s_openapi::api::core::v1::{Namespace, Pod, Secret};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
+use kube::api::{ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, ValidationDirective};
 use kube::{Api, ResourceExt};
 use mayfly_cluster::Forge;
 use mayfly_cluster::forge::{Runner, Scope};
 use mayfly_crds::RunnerPool;
-use mayfly_crds::names::{LABEL_POOL, RunnerName};
+use mayfly_crds::names::{ANNOTATION_FORGE, ANNOTATION_POOL_NAMESPACES, LABEL_POOL, RunnerName};
 use serde_json::{Value, json};
 
 use crate::World;
 use crate::forge::Organization;
-use crate::world::SYSTEM;
 use crate::wait::eventually;
+use crate::world::SYSTEM;
 
 /// Field manager of the demo and the tests.
 const MANAGER: &str = "mayfly-e2e";
@@ -37,15 +37,23 @@ pub async fn namespace(world: &World, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Puts an organization's token and webhook secret where the operator looks for them. Returns the Secret's name.
+/// Puts an organization's token and webhook secret where the operator looks for them, for the pools of one namespace. Returns the
+/// Secret's name.
 ///
 /// # Errors
 /// With the API server's answer.
-pub async fn secret(world: &World, organization: &Organization) -> Result<String> {
+pub async fn secret(world: &World, organization: &Organization, namespace: &str) -> Result<String> {
     let name = format!("forge-{}", organization.name);
     let text = |value: &str| ByteString(value.as_bytes().to_vec());
     let secret = Secret {
-        metadata: ObjectMeta { name: Some(name.clone()), ..ObjectMeta::default() },
+        metadata: ObjectMeta {
+            name: Some(name.clone()),
+            annotations: Some(BTreeMap::from([
+                (ANNOTATION_FORGE.to_owned(), world.access.url.clone()),
+                (ANNOTATION_POOL_NAMESPACES.to_owned(), namespace.to_owned()),
+            ])),
+            ..ObjectMeta::default()
+        },
         data: Some(BTreeMap::from([
             ("token".to_owned(), text(&organization.token)),
             ("webhook".to_owned(), text(&organization.webhook_secret)),
@@ -54,6 +62,17 @@ pub async fn secret(world: &World, organization: &Organization) -> Result<String
     };
     Api::<Secret>::namespaced(world.client.clone(), SYSTEM).patch(&name, &params(), &Patch::Apply(&secret)).await?;
     Ok(name)
+}
+
+/// Lets the organization's Secret be used for another URL.
+///
+/// # Errors
+/// With the API server's answer.
+pub async fn meant_for(world: &World, organization: &Organization, url: &str) -> Result<()> {
+    let patch = json!({"metadata": {"annotations": {ANNOTATION_FORGE: url}}});
+    let secrets: Api<Secret> = Api::namespaced(world.client.clone(), SYSTEM);
+    secrets.patch(&format!("forge-{}", organization.name), &PatchParams::default(), &Patch::Merge(patch)).await?;
+    Ok(())
 }
 
 /// The manifest of a pool that serves an organization with the label `linux`; `change` may change it before it is applied.
@@ -87,6 +106,22 @@ pub async fn apply(world: &World, pool: &Value) -> Result<RunnerPool> {
     let (namespace, name) = (pool["metadata"]["namespace"].as_str(), pool["metadata"]["name"].as_str());
     let (namespace, name) = (namespace.context("a namespace")?, name.context("a name")?);
     Ok(pools(world, namespace).patch(name, &params(), &Patch::Apply(pool)).await?)
+}
+
+/// Has the API server check a RunnerPool without storing it: a refusal is the inner error, in its words.
+///
+/// # Errors
+/// When the API server cannot be asked.
+pub async fn validate(world: &World, pool: &Value) -> Result<Result<(), String>> {
+    let (namespace, name) = (pool["metadata"]["namespace"].as_str(), pool["metadata"]["name"].as_str());
+    let (namespace, name) = (namespace.context("a namespace")?, name.context("a name")?);
+    let strict = PatchParams { field_validation: Some(ValidationDirective::Strict), dry_run: true, ..params() };
+    let api: Api<DynamicObject> = Api::namespaced_with(world.client.clone(), namespace, &ApiResource::erase::<RunnerPool>(&()));
+    match api.patch(name, &strict, &Patch::Apply(pool)).await {
+        Ok(_) => Ok(Ok(())),
+        Err(kube::Error::Api(status)) => Ok(Err(status.message)),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// The pools of a namespace.

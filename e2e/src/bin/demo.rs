@@ -72,7 +72,7 @@ async fn demo() -> Result<()> {
     let forge = organization.client(&world);
     forge.create_repo(ORGANIZATION, REPOSITORY, false)?;
     pool::namespace(&world, NAMESPACE).await?;
-    pool::secret(&world, &organization).await?;
+    pool::secret(&world, &organization, NAMESPACE).await?;
     let served = pool::apply(&world, &pool::manifest(&world, NAMESPACE, POOL, &organization, |_| {})).await?;
     let hook = install::webhook_url(&cluster, NAMESPACE, POOL)?;
     replace_hook(&forge, &hook, &organization.webhook_secret)?;
@@ -219,7 +219,8 @@ async fn start_decoy(world: &World) -> Result<()> {
     let own = own.to_str().context("the path of this program is not text")?;
     world.cluster.start_outside("decoy-metadata", &[own, "decoy", METADATA])?;
     eventually("the metadata decoy", Duration::from_secs(5), || async {
-        let mut probe = world.cluster.command_in(Where::Node, ["bash", "-c", "exec 3<>/dev/tcp/169.254.169.254/80 && head -c 4 <&3 | grep -q HTTP"]);
+        let mut probe =
+            world.cluster.command_in(Where::Node, ["bash", "-c", "exec 3<>/dev/tcp/169.254.169.254/80 && head -c 4 <&3 | grep -q HTTP"]);
         run(&mut probe).map(Some)
     })
     .await
@@ -230,7 +231,8 @@ fn decoy(address: &str) -> Result<()> {
     let listener = TcpListener::bind(address).with_context(|| format!("listening on {address}"))?;
     for stream in listener.incoming() {
         // A client that left early is no reason to end.
-        let _ = stream.and_then(|mut stream| stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\nConnection: close\r\n\r\nsecret\n"));
+        let _ =
+            stream.and_then(|mut stream| stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\nConnection: close\r\n\r\nsecret\n"));
     }
     Ok(())
 }
@@ -238,7 +240,12 @@ fn decoy(address: &str) -> Result<()> {
 fn look_around(world: &World) {
     let kubectl = format!("KUBECONFIG={} {}", world.cluster.kubeconfig().display(), world.cluster.layout().bin("kubectl").display());
     say("look around:");
-    say(&format!("  forge     {}  (user {}, password in {})", world.access.local_url, world.access.admin, world.cluster.layout().at("forge/admin-password").display()));
+    say(&format!(
+        "  forge     {}  (user {}, password in {})",
+        world.access.local_url,
+        world.access.admin,
+        world.cluster.layout().at("forge/admin-password").display()
+    ));
     say(&format!("  pool      {kubectl} -n {NAMESPACE} describe runnerpool {POOL}"));
     say(&format!("  operator  {kubectl} -n mayfly-system logs deployment/mayfly-controller"));
     say("  take it all down: make down");

@@ -30,12 +30,7 @@ pub(crate) trait Forge: Send + Sync + fmt::Debug {
 
     /// Registers a runner for exactly one job at the narrowest scope the forge has, and returns what its program needs.
     /// Not idempotent: after an error, the name is burnt and [`Forge::runners`] tells whether something was left behind.
-    async fn register(
-        &self,
-        repository: &Repository,
-        name: &str,
-        labels: &[String],
-    ) -> Result<Registration, ForgeError>;
+    async fn register(&self, repository: &Repository, name: &str, labels: &[String]) -> Result<Registration, ForgeError>;
 
     /// Runners registered for this repository itself (not those it inherits).
     async fn runners(&self, repository: &Repository) -> Result<Vec<RegisteredRunner>, ForgeError>;

@@ -12,8 +12,8 @@ use k8s_openapi::api::networking::v1::{
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, OwnerReference};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
-use mayfly_crds::names::{LABEL_MANAGED_BY, LABEL_POOL, MANAGED_BY};
 use mayfly_crds::Egress;
+use mayfly_crds::names::{LABEL_MANAGED_BY, LABEL_POOL, MANAGED_BY};
 
 use super::endpoints::Endpoints;
 
@@ -59,6 +59,12 @@ pub(crate) fn network_policies(
         ("dns", vec![rule(vec![pods(&cluster.dns_namespace, &cluster.dns_labels)], &[("UDP", 53), ("TCP", 53)])]),
         ("gate", vec![rule(vec![pods(&cluster.operator_namespace, &cluster.operator_labels)], &[("TCP", cluster.gate_port)])]),
     ];
+    if let Some((address, endpoint)) = forge.addresses.iter().find_map(|a| Some((a, super::covers_metadata(&IpNet::from(*a))?))) {
+        return Err(format!("the forge's host name leads to {address}, which is {}: no job may reach it", endpoint.platform));
+    }
+    if let Some(address) = forge.addresses.iter().find(|address| is_never_a_forge(address)) {
+        return Err(format!("the forge's host name leads to {address}, which is no address for a server: no job may reach it"));
+    }
     if !forge.addresses.is_empty() {
         let peers = forge.addresses.iter().map(|address| block(IpNet::from(*address), Vec::new())).collect();
         openings.push(("forge", vec![rule(peers, &[("TCP", forge.port)])]));
@@ -77,6 +83,15 @@ pub(crate) fn network_policies(
     let deny = policy(pool, namespace, owner, "deny", None);
     let allows = openings.into_iter().map(|(purpose, rules)| policy(pool, namespace, owner, purpose, Some(rules)));
     Ok(std::iter::once(deny).chain(allows).collect())
+}
+
+/// Loopback, link-local, multicast and unspecified addresses: a host name that leads there opens the node, not a forge.
+fn is_never_a_forge(address: &IpAddr) -> bool {
+    let link_local = match address {
+        IpAddr::V4(v4) => v4.is_link_local() || v4.is_broadcast(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local() || v6.to_ipv4_mapped().is_some(),
+    };
+    address.is_loopback() || address.is_unspecified() || address.is_multicast() || link_local
 }
 
 /// A range a user may open: readable, and without a metadata endpoint in it.
@@ -111,19 +126,14 @@ fn policy(
     purpose: &str,
     egress: Option<Vec<NetworkPolicyEgressRule>>,
 ) -> NetworkPolicy {
-    let selects = LabelSelector {
-        match_labels: Some(BTreeMap::from([(LABEL_POOL.to_owned(), pool.to_owned())])),
-        ..LabelSelector::default()
-    };
+    let selects =
+        LabelSelector { match_labels: Some(BTreeMap::from([(LABEL_POOL.to_owned(), pool.to_owned())])), ..LabelSelector::default() };
     let types: &[&str] = if egress.is_some() { &["Egress"] } else { &["Ingress", "Egress"] };
     NetworkPolicy {
         metadata: ObjectMeta {
             name: Some(format!("mayfly-{pool}-{purpose}")),
             namespace: Some(namespace.to_owned()),
-            labels: Some(BTreeMap::from([
-                (LABEL_MANAGED_BY.to_owned(), MANAGED_BY.to_owned()),
-                (LABEL_POOL.to_owned(), pool.to_owned()),
-            ])),
+            labels: Some(BTreeMap::from([(LABEL_MANAGED_BY.to_owned(), MANAGED_BY.to_owned()), (LABEL_POOL.to_owned(), pool.to_owned())])),
             owner_references: Some(vec![owner.clone()]),
             ..ObjectMeta::default()
         },
@@ -192,7 +202,9 @@ mod tests {
         let rules = policies.iter().filter_map(|p| p.spec.as_ref()?.egress.as_ref()).flatten();
         rules.into_iter().any(|rule| {
             let port_fits = rule.ports.as_ref().is_none_or(|ports| {
-                ports.iter().any(|p| p.protocol.as_deref() == Some("TCP") && (port == 0 || p.port == Some(IntOrString::Int(i32::from(port)))))
+                ports
+                    .iter()
+                    .any(|p| p.protocol.as_deref() == Some("TCP") && (port == 0 || p.port == Some(IntOrString::Int(i32::from(port)))))
             });
             let peer_fits = rule.to.iter().flatten().filter_map(|peer| peer.ip_block.as_ref()).any(|block| {
                 let within = |range: &str| range.parse::<IpNet>().expect("a range").contains(&address);
@@ -204,10 +216,7 @@ mod tests {
 
     #[test]
     fn the_whole_set_is_as_reviewed() {
-        let egress = Egress {
-            internet: true,
-            allow: vec![EgressAllow { cidr: "203.0.113.64/26".to_owned(), ports: vec![8081] }],
-        };
+        let egress = Egress { internet: true, allow: vec![EgressAllow { cidr: "203.0.113.64/26".to_owned(), ports: vec![8081] }] };
         insta::assert_yaml_snapshot!(build(&egress).expect("valid"));
     }
 
@@ -228,6 +237,27 @@ mod tests {
         let policies = build(&Egress::default()).expect("valid");
         assert!(allows(&policies, "198.51.100.7".parse().expect("an address"), 3000));
         assert!(!allows(&policies, "140.82.121.4".parse().expect("an address"), 443));
+    }
+
+    #[test]
+    fn a_forge_name_that_leads_to_metadata_or_the_node_opens_nothing() {
+        let owner = OwnerReference::default();
+        for address in [
+            "169.254.169.254",
+            "169.254.1.1",
+            "168.63.129.16",
+            "100.100.100.200",
+            "fd00:ec2::254",
+            "127.0.0.1",
+            "::1",
+            "fe80::1",
+            "0.0.0.0",
+        ] {
+            let good = "198.51.100.7".parse().expect("an address");
+            let forge = ForgeAddress { addresses: vec![good, address.parse().expect("an address")], port: 80 };
+            let built = network_policies("ci", "team", &owner, &Egress::default(), &forge, &cluster());
+            assert!(built.is_err_and(|why| why.contains("no job may reach it")), "{address}");
+        }
     }
 
     proptest! {

@@ -90,7 +90,13 @@ impl KubeIo {
     }
 
     /// Sets annotations of a pod.
-    pub(crate) async fn annotate_pod(&self, namespace: &str, name: &str, uid: &str, annotations: &[(&str, String)]) -> Result<(), WriteError> {
+    pub(crate) async fn annotate_pod(
+        &self,
+        namespace: &str,
+        name: &str,
+        uid: &str,
+        annotations: &[(&str, String)],
+    ) -> Result<(), WriteError> {
         let api: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
         let pairs: serde_json::Map<String, Value> =
             annotations.iter().map(|(key, value)| ((*key).to_owned(), Value::String(value.clone()))).collect();
@@ -166,7 +172,12 @@ impl KubeIo {
         self.client.clone()
     }
 
-    async fn call<T>(&self, verb: &'static str, resource: &str, call: impl Future<Output = Result<T, kube::Error>>) -> Result<T, WriteError> {
+    async fn call<T>(
+        &self,
+        verb: &'static str,
+        resource: &str,
+        call: impl Future<Output = Result<T, kube::Error>>,
+    ) -> Result<T, WriteError> {
         let result = match tokio::time::timeout(TIMEOUT, call).await {
             Ok(result) => result.map_err(WriteError::from),
             Err(_) => Err(WriteError::Timeout),

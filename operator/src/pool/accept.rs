@@ -58,6 +58,20 @@ impl Rules {
         self.fork_fits(run.fork)
     }
 
+    /// Whether some job may be accepted by both, as far as the rules tell: literal lists without a common member exclude one another.
+    pub(crate) fn may_overlap(&self, other: &Self) -> bool {
+        let common = |a: &[String], b: &[String]| a.is_empty() || b.is_empty() || a.iter().any(|item| b.contains(item));
+        let globs = |a: &[WildMatch], b: &[WildMatch]| {
+            let hits = |one: &WildMatch, two: &WildMatch| one.matches(&two.to_string()) || two.matches(&one.to_string());
+            let open = |glob: &WildMatch| glob.to_string().contains(['*', '?']);
+            a.is_empty() || b.is_empty() || a.iter().any(|one| b.iter().any(|two| hits(one, two) || (open(one) && open(two))))
+        };
+        self.labels.iter().any(|label| other.labels.contains(label))
+            && common(&self.events, &other.events)
+            && globs(&self.repositories, &other.repositories)
+            && globs(&self.workflows, &other.workflows)
+    }
+
     /// Everything.
     pub(crate) fn check(&self, job: &Job, run: &Run) -> Check {
         self.check_job(job)?;
@@ -163,6 +177,23 @@ mod tests {
         assert_eq!(reason(&rules, &any, &run("schedule", "x.yml", Some(false))), "");
         assert_eq!(reason(&rules, &any, &run(PULL_REQUEST_TARGET, "x.yml", Some(false))), "EventNotServed");
         assert_eq!(reason(&rules, &any, &run("pull_request", "x.yml", Some(true))), "ForkDenied");
+    }
+
+    #[test]
+    fn pools_overlap_unless_their_rules_exclude_one_another() {
+        let rules = |labels: &[&str], repositories: &[&str], events: &[&str]| {
+            let list = |items: &[&str]| items.iter().map(|item| (*item).to_owned()).collect::<Vec<_>>();
+            let jobs = Jobs { repositories: list(repositories), events: list(events), ..Jobs::default() };
+            Rules::new(&list(labels), &jobs)
+        };
+        let all = rules(&["linux"], &[], &[]);
+        assert!(all.may_overlap(&rules(&["linux", "gpu"], &["acme/web"], &["push"])));
+        assert!(!all.may_overlap(&rules(&["arm"], &[], &[])));
+        let web = rules(&["linux"], &["acme/web*"], &["push"]);
+        assert!(web.may_overlap(&rules(&["linux"], &["acme/web-1"], &[])));
+        assert!(web.may_overlap(&rules(&["linux"], &["*/api"], &[])), "two patterns may meet");
+        assert!(!web.may_overlap(&rules(&["linux"], &["acme/api"], &[])));
+        assert!(!web.may_overlap(&rules(&["linux"], &[], &["schedule"])));
     }
 
     #[test]

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::{StreamExt, stream};
+use jiff::SignedDuration;
 use k8s_openapi::api::core::v1::{ObjectReference, Pod, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use jiff::SignedDuration;
 use kube::ResourceExt;
 use kube::runtime::reflector::ObjectRef;
 use mayfly_crds::Failure;
@@ -107,12 +107,19 @@ async fn forge_addresses(ctx: &Context, pool: &Pool, handle: &PoolHandle) -> Res
 }
 
 /// Carries the plan out.
-pub(super) async fn apply(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>, forge: &Arc<dyn Forge>, observed: &Observed, plan: &Plan) {
+pub(super) async fn apply(
+    ctx: &Arc<Context>,
+    pool: &Pool,
+    handle: &Arc<PoolHandle>,
+    forge: &Arc<dyn Forge>,
+    observed: &Observed,
+    plan: &Plan,
+) {
     // Waiting gates first: a job that is owed can be on its way while pods are being made.
     handle.state().owed = plan.owed.iter().cloned().collect();
     handle.jobs_changed();
 
-    let deletions = each(plan.delete.iter().map(|deletion| delete(ctx, pool, handle, forge, deletion)).collect());
+    let deletions = each(plan.delete.iter().map(|deletion| delete(ctx, pool, handle, Some(forge), deletion)).collect());
     let creations = each((0..plan.create).map(|_| create(ctx, pool, handle)).collect());
     let marks = each(observed.unmarked.iter().map(|unmarked| mark(ctx, pool, unmarked)).collect());
     let pauses = each(plan.pause.iter().map(|name| pause(ctx, pool, handle, forge, name)).collect());
@@ -120,6 +127,11 @@ pub(super) async fn apply(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHand
     for orphan in &observed.orphans {
         deregister_later(ctx, pool, forge, orphan.clone());
     }
+}
+
+/// Carries out what a plan made without the forge can hold: deletions.
+pub(super) async fn apply_blind(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>, plan: &Plan) {
+    each(plan.delete.iter().map(|deletion| delete(ctx, pool, handle, None, deletion)).collect()).await;
 }
 
 /// Carries out a few at a time.
@@ -135,7 +147,7 @@ async fn mark(ctx: &Context, pool: &Pool, unmarked: &Unmarked) {
     }
 }
 
-async fn delete(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>, forge: &Arc<dyn Forge>, deletion: &Deletion) {
+async fn delete(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>, forge: Option<&Arc<dyn Forge>>, deletion: &Deletion) {
     let spawned = {
         let mut state = handle.state();
         let taken = state.spawned.get(&deletion.name).is_some_and(|pod| pod.registering.is_some());
@@ -151,10 +163,17 @@ async fn delete(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>, forge
         tracing::warn!(pool = %pool.key, pod = deletion.name, error = error.message(), "a pod could not be deleted; it is tried again");
         return;
     }
-    let registered = handle.state().registered.remove(&deletion.name);
     ctx.metrics.pod_deleted(deletion.failure.as_ref().map_or("finished", |_| "failed"));
+    let mut state = handle.state();
+    // With its registration the runner tells the forge that its job is cancelled: that goes when the pod is gone.
+    let has_job = state.registered.get(&deletion.name).is_some_and(|runner| runner.job.is_some() && !runner.done);
+    let registered = if has_job { None } else { state.registered.remove(&deletion.name) };
+    drop(state);
     match registered {
-        Some(runner) if deletion.deregister && !runner.done => deregister_later(ctx, pool, forge, runner.key),
+        Some(runner) if deletion.deregister && !runner.done => match forge {
+            Some(forge) => deregister_later(ctx, pool, forge, runner.key),
+            None => handle.state().next_sweep = None,
+        },
         Some(_) => {}
         // Its registration may have reached the forge although the answer did not reach us.
         None if deletion.deregister && spawned.is_some_and(|pod| pod.burnt.is_some()) => {
@@ -219,6 +238,8 @@ async fn create(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>) {
             let deletion = Deletion::of_start(name.as_str());
             let failure = Reason::new("PodRefused", format!("the API server refused the pod: {}", error.message()));
             note_failure(ctx, pool, handle, &deletion, &failure).await;
+            // Somebody may have taken away what pods need; it is applied anew before the next one.
+            handle.state().policies = None;
             // If it was created after all, it is a stray and goes.
             handle.state().spawned.remove(name.as_str());
         }

@@ -21,7 +21,7 @@ use tokio_util::task::TaskTracker;
 
 use super::apply::{self, apply};
 use super::gather::{self, gather};
-use super::plan::{Input, Plan, Role, plan};
+use super::plan::{Input, Plan, Role, plan, plan_blind};
 use super::registry::{PoolHandle, PoolKey, Pools};
 use super::status::{self, Outcome, UserNamespaces, status};
 use super::validate::{Pool, validate};
@@ -179,15 +179,17 @@ async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
         Ok(observed) => observed,
         Err(error) => {
             ctx.metrics.forge_error(match &error {
-                gather::GatherError::Secret(_) => "secret",
+                gather::GatherError::Secret(_) | gather::GatherError::NotAllowed(_) => "secret",
                 gather::GatherError::Forge(error) => error.category(),
             });
+            tidy_blind(ctx, &pool, &handle).await;
             report(ctx, &handle, Some(&pool), pool.generation, &stored, &Outcome::Blind(&error)).await?;
             return Ok(Action::requeue(RETRY));
         }
     };
     if let Err(why) = apply::prepare(ctx, &pool, &handle).await {
-        // Without its policies no pod is made; pods that run go on.
+        // Without its policies no pod is made; pods that run go on, and those that are over go.
+        tidy_blind(ctx, &pool, &handle).await;
         report(ctx, &handle, Some(&pool), pool.generation, &stored, &Outcome::Unprepared(&why)).await?;
         return Ok(Action::requeue(RETRY));
     }
@@ -199,6 +201,13 @@ async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
     }
     let written = report(ctx, &handle, Some(&pool), pool.generation, &stored, &Outcome::Planned(&observed, &plan)).await?;
     Ok(next(ctx, &pool, &handle, &observed, &plan, written))
+}
+
+/// Local clean-up does not wait for anybody else.
+async fn tidy_blind(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>) {
+    let observed = gather::gather_blind(ctx, pool, handle);
+    let plan = plan_blind(&input(ctx, pool, handle, &observed));
+    apply::apply_blind(ctx, pool, handle, &plan).await;
 }
 
 fn input(ctx: &Context, pool: &Pool, handle: &PoolHandle, observed: &gather::Observed) -> Input {
@@ -269,6 +278,16 @@ async fn clean_up(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error
     let key = key_of(guarded);
     let meta = guarded.meta();
     let uid = meta.uid.clone().unwrap_or_default();
+    let handle = ctx.registry.open(&key, &uid);
+    let registering = {
+        let mut state = handle.state();
+        state.closing = true;
+        state.spawned.values().filter(|pod| pod.registering.is_some() && pod.burnt.is_none()).count()
+    };
+    handle.jobs_changed();
+    if registering > 0 {
+        return Err(Error::StillThere(format!("{registering} registration(s) being made")));
+    }
     let own = |pod: &Pod| pod.owner_references().iter().any(|owner| owner.uid == uid);
     let pods: Vec<Arc<Pod>> = ctx.pods.state().into_iter().filter(|pod| own(pod)).collect();
     if !apply::delete_all(ctx, &key.namespace, &pods).await {
@@ -282,7 +301,8 @@ async fn clean_up(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error
         }
         tracing::warn!(pool = %key, error, "the pool goes although the forge may still have registrations of its runners");
         let reference = guarded.object_ref(&());
-        let note = format!("the forge may still have registrations of this pool's runners, which are worthless without their pods: {error}");
+        let note =
+            format!("the forge may still have registrations of this pool's runners, which are worthless without their pods: {error}");
         ctx.io.warn(&reference, "RegistrationsLeft", "Finalize", &note).await;
     }
     ctx.registry.close(&key);

@@ -8,8 +8,9 @@ use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{Pod, Secret as KubeSecret};
 use kube::ResourceExt;
 use kube::runtime::reflector::ObjectRef;
-use mayfly_crds::names::{LABEL_POOL, RunnerName};
+use mayfly_crds::names::{ANNOTATION_FORGE, ANNOTATION_POOL_NAMESPACES, LABEL_POOL, RunnerName};
 use mayfly_crds::{SecretKeyRef, WaitingJob};
+use wildmatch::WildMatch;
 
 use super::accept::Refusal;
 use super::controller::Context;
@@ -21,7 +22,7 @@ use crate::forge::{Forge, ForgeError, Job, JobKey, JobState, RegisteredRunner, R
 use crate::runner::{Phase, phase};
 
 /// Most waiting jobs told in a pool's status.
-const WAITING_TOLD: usize = 10;
+pub(super) const WAITING_TOLD: usize = 10;
 /// A created pod that the watch has not shown after this long is taken as lost.
 const WATCH_LAG: SignedDuration = SignedDuration::from_secs(30);
 /// Most workflow runs remembered per pool.
@@ -44,7 +45,7 @@ pub(super) struct Observed {
     pub(super) unmarked: Vec<Unmarked>,
     /// Registrations whose pods are gone.
     pub(super) orphans: Vec<RunnerKey>,
-    /// Older pools that accept some of the same jobs.
+    /// Older pools that may accept some of the same jobs.
     pub(super) overlaps: Vec<String>,
 }
 
@@ -64,6 +65,9 @@ pub(super) enum GatherError {
     /// The Secret or its key does not exist.
     #[error("{0}")]
     Secret(String),
+    /// The Secret does not allow its use.
+    #[error("{0}")]
+    NotAllowed(String),
     /// The forge.
     #[error(transparent)]
     Forge(#[from] ForgeError),
@@ -78,15 +82,16 @@ pub(super) async fn gather(ctx: &Context, pool: &Pool, handle: &Arc<PoolHandle>)
     follow_jobs(handle, &forge, ctx.now()).await?;
     let mut observed = Observed::default();
     demand(ctx, pool, handle, &forge, &mut observed).await?;
-    pods(ctx, pool, handle, &forge, &mut observed).await?;
+    let refusals = refusals(pool, handle, &forge).await?;
+    pods(ctx, pool, handle, &refusals, &mut observed);
     Ok(observed)
 }
 
 /// The pool's forge client; a new one when the token or the address changed.
 pub(super) fn link(ctx: &Context, pool: &Pool, handle: &PoolHandle) -> Result<Arc<dyn Forge>, GatherError> {
-    let token = secret(ctx, &pool.token, "forge.gitea.tokenSecretRef")?;
+    let token = secret(ctx, pool, &pool.token, "forge.gitea.tokenSecretRef")?;
     let webhook_secret = match &pool.webhook_secret {
-        Some(reference) => Some(secret(ctx, reference, "forge.gitea.webhookSecretRef")?),
+        Some(reference) => Some(secret(ctx, pool, reference, "forge.gitea.webhookSecretRef")?),
         None => None,
     };
     let made_from = (pool.url.clone(), pool.scope_text(), token.clone());
@@ -100,16 +105,34 @@ pub(super) fn link(ctx: &Context, pool: &Pool, handle: &PoolHandle) -> Result<Ar
     Ok(forge)
 }
 
-fn secret(ctx: &Context, reference: &SecretKeyRef, field: &str) -> Result<Secret, GatherError> {
+/// A text from a Secret of the operator's namespace, if that Secret says itself that this pool may use it: whoever may write pools
+/// must not be able to have the operator send any Secret anywhere.
+fn secret(ctx: &Context, pool: &Pool, reference: &SecretKeyRef, field: &str) -> Result<Secret, GatherError> {
     let namespace = &ctx.settings.cluster.operator_namespace;
     let found: Option<Arc<KubeSecret>> = ctx.secrets.get(&ObjectRef::new(&reference.name).within(namespace));
     let Some(found) = found else {
         return Err(GatherError::Secret(format!("{field}: there is no Secret {} in namespace {namespace}", reference.name)));
     };
+    allowed(found.annotations(), pool).map_err(|why| GatherError::NotAllowed(format!("{field}: the Secret {} {why}", reference.name)))?;
     let bytes = found.data.as_ref().and_then(|data| data.get(&reference.key));
     let text = bytes.and_then(|bytes| std::str::from_utf8(&bytes.0).ok()).map(str::trim).filter(|text| !text.is_empty());
     let complaint = || format!("{field}: the Secret {} has no text under the key {}", reference.name, reference.key);
     text.map(Secret::new).ok_or_else(|| GatherError::Secret(complaint()))
+}
+
+/// Whether a Secret's annotations allow this pool to use it for its forge.
+fn allowed(annotations: &BTreeMap<String, String>, pool: &Pool) -> Result<(), String> {
+    let forge = annotations.get(ANNOTATION_FORGE).map(|url| url.trim_end_matches('/'));
+    if forge != Some(pool.url.as_str()) {
+        return Err(format!("is not meant for {}: it needs the annotation {ANNOTATION_FORGE}: {}", pool.url, pool.url));
+    }
+    let namespaces = annotations.get(ANNOTATION_POOL_NAMESPACES).map(String::as_str).unwrap_or_default();
+    match namespaces.split(',').any(|glob| WildMatch::new(glob.trim()).matches(&pool.key.namespace)) {
+        true => Ok(()),
+        false => {
+            Err(format!("is not for pools of namespace {0}: it needs the annotation {ANNOTATION_POOL_NAMESPACES}: {0}", pool.key.namespace))
+        }
+    }
 }
 
 /// Finds the runners of an earlier process: those with a living pod go on, the others are removed.
@@ -118,7 +141,8 @@ async fn adopt(ctx: &Context, pool: &Pool, handle: &PoolHandle, forge: &Arc<dyn 
         own_pods(ctx, pool).into_iter().filter(|pod| phase(pod) != Phase::Leaving).map(|pod| (pod.name_any(), pod)).collect();
     for runner in runners_of_pool(forge, &pool.uid).await? {
         if living.contains_key(&runner.name) {
-            let found = Registered { key: runner.key, meant_for: None, since: ctx.now(), job: None, paused: None, done: false };
+            let found =
+                Registered { key: runner.key, meant_for: None, since: ctx.now(), job: None, paused: None, done: false, lost: false };
             handle.state().registered.insert(runner.name, found);
         } else {
             forge.deregister(&runner.key).await?;
@@ -175,7 +199,7 @@ async fn follow_jobs(handle: &PoolHandle, forge: &Arc<dyn Forge>, now: Timestamp
             JobState::InProgress => {
                 if let Some(runner) = job.runner.as_ref().and_then(|name| state.registered.get_mut(name)) {
                     runner.job.get_or_insert_with(|| (job.key.clone(), now));
-                    state.job_runs.insert(job.key, job.run);
+                    state.running.insert(job.key.clone(), job);
                 }
             }
             JobState::Completed => finish(&mut state, &job.key, job.runner_id),
@@ -204,7 +228,9 @@ async fn demand(
     observed: &mut Observed,
 ) -> Result<(), ForgeError> {
     let enough = (pool.spec.scale.max as usize) + WAITING_TOLD;
-    let older = ctx.pools_before(pool);
+    let older: Vec<Pool> = ctx.pools_before(pool).into_iter().filter(|other| other.may_overlap(pool)).collect();
+    observed.overlaps = older.iter().map(|other| other.key.to_string()).collect();
+    observed.overlaps.sort();
     for job in forge.jobs(JobState::Queued).await? {
         let fits = pool.rules.check_job(&job);
         if fits.is_ok() && observed.queued.len() >= enough {
@@ -213,35 +239,29 @@ async fn demand(
         }
         let decision = match fits {
             Ok(()) => match run_of(handle, forge, &job.key.repository, job.run).await? {
-                Some(run) => decide(pool, &older, &job, &run, &mut observed.overlaps),
+                Some(run) => decide(pool, &older, &job, &run),
                 None => continue,
             },
             Err(refusal) => Err(refusal),
         };
         match decision {
             Ok(()) => observed.queued.push(OwedJob { key: job.key, labels: job.labels }),
-            Err(refusal) if observed.waiting.len() < WAITING_TOLD => observed.waiting.push(WaitingJob {
-                job: job.key.to_string(),
-                reason: refusal.reason.to_owned(),
-                message: refusal.message,
-            }),
+            Err(refusal) if observed.waiting.len() < WAITING_TOLD => {
+                observed.waiting.push(WaitingJob { job: job.key.to_string(), reason: refusal.reason.to_owned(), message: refusal.message })
+            }
             Err(_) => {}
         }
     }
-    observed.overlaps.sort();
-    observed.overlaps.dedup();
     Ok(())
 }
 
-fn decide(pool: &Pool, older: &[Pool], job: &Job, run: &Run, overlaps: &mut Vec<String>) -> Result<(), Refusal> {
+fn decide(pool: &Pool, older: &[Pool], job: &Job, run: &Run) -> Result<(), Refusal> {
     pool.rules.check_run(run)?;
-    let first = older
-        .iter()
-        .find(|other| other.scope_covers(&pool.url, &job.key.repository) && other.rules.check(job, run).is_ok());
+    let first = older.iter().find(|other| other.scope_covers(&pool.url, &job.key.repository) && other.rules.check(job, run).is_ok());
     match first {
         Some(other) => {
-            overlaps.push(other.key.to_string());
-            Err(Refusal { reason: "ServedByOlderPool", message: format!("RunnerPool {} is older and accepts this job as well", other.key) })
+            let message = format!("RunnerPool {} is older and accepts this job as well", other.key);
+            Err(Refusal { reason: "ServedByOlderPool", message })
         }
         None => Ok(()),
     }
@@ -276,17 +296,17 @@ pub(crate) fn own_pods(ctx: &Context, pool: &Pool) -> Vec<Arc<Pod>> {
     ctx.pods.state().into_iter().filter(|pod| own(pod)).collect()
 }
 
+/// What the cluster alone says: for a pass in which the forge does not answer.
+pub(super) fn gather_blind(ctx: &Context, pool: &Pool, handle: &PoolHandle) -> Observed {
+    let mut observed = Observed::default();
+    pods(ctx, pool, handle, &BTreeMap::new(), &mut observed);
+    observed
+}
+
 /// What each pod is.
-async fn pods(
-    ctx: &Context,
-    pool: &Pool,
-    handle: &PoolHandle,
-    forge: &Arc<dyn Forge>,
-    observed: &mut Observed,
-) -> Result<(), ForgeError> {
+fn pods(ctx: &Context, pool: &Pool, handle: &PoolHandle, refusals: &BTreeMap<JobKey, Refusal>, observed: &mut Observed) {
     let now = ctx.now();
     let living = own_pods(ctx, pool);
-    let refusals = refusals(pool, handle, forge).await?;
     let mut state = handle.state();
     let state = &mut *state;
     for pod in &living {
@@ -294,11 +314,11 @@ async fn pods(
         if let Some(spawned) = state.spawned.get_mut(&name) {
             spawned.seen = true;
         }
-        let role = role_of(state, &name, &refusals);
+        let role = role_of(state, &name, refusals);
         if let Role::Busy { job, refused: None, .. } = &role
             && !pod.annotations().contains_key(mayfly_crds::names::ANNOTATION_JOB)
         {
-            let run = state.job_runs.get(job).and_then(|run| Some((run, state.runs.get(&(job.repository.clone(), *run))?)));
+            let run = state.running.get(job).and_then(|found| Some((found.run, state.runs.get(&(job.repository.clone(), found.run))?)));
             let workflow = run.map(|(id, run)| format!("{id}/{}@{}", run.workflow, run.git_ref)).unwrap_or_default();
             let (pod, uid) = (name.clone(), pod.uid().unwrap_or_default());
             observed.unmarked.push(Unmarked { pod, uid, job: job.clone(), workflow });
@@ -328,29 +348,28 @@ async fn pods(
         exists(name)
     });
     let kept: Vec<JobKey> = state.registered.values().filter_map(|r| r.job.as_ref().map(|(job, _)| job.clone())).collect();
-    state.job_runs.retain(|job, _| kept.contains(job));
-    Ok(())
+    state.running.retain(|job, _| kept.contains(job));
 }
 
 /// Which running jobs the pool does not accept, and why. A job of which nothing can be learned is not accepted.
 async fn refusals(pool: &Pool, handle: &PoolHandle, forge: &Arc<dyn Forge>) -> Result<BTreeMap<JobKey, Refusal>, ForgeError> {
-    let running: Vec<(JobKey, Option<u64>)> = {
+    let running: Vec<(JobKey, Option<Job>)> = {
         let state = handle.state();
         let jobs = state.registered.values().filter(|runner| !runner.done).filter_map(|runner| runner.job.as_ref());
-        jobs.map(|(job, _)| (job.clone(), state.job_runs.get(job).copied())).collect()
+        jobs.map(|(key, _)| (key.clone(), state.running.get(key).cloned())).collect()
     };
     let mut refusals = BTreeMap::new();
-    for (job, run) in running {
-        let facts = match run {
-            Some(run) => run_of(handle, forge, &job.repository, run).await?,
+    for (key, job) in running {
+        let facts = match job {
+            Some(job) => run_of(handle, forge, &key.repository, job.run).await?.map(|run| (job, run)),
             None => None,
         };
         let decision = match facts {
-            Some(run) => pool.rules.check_run(&run),
+            Some((job, run)) => pool.rules.check(&job, &run),
             None => Err(Refusal { reason: "RunUnknown", message: "the forge does not say what the job is about".to_owned() }),
         };
         if let Err(refusal) = decision {
-            refusals.insert(job, refusal);
+            refusals.insert(key, refusal);
         }
     }
     Ok(refusals)
@@ -361,7 +380,7 @@ fn role_of(state: &PoolState, name: &str, refusals: &BTreeMap<JobKey, Refusal>) 
         return match &runner.job {
             _ if runner.done => Role::Done,
             Some((job, since)) => Role::Busy { job: job.clone(), since: *since, refused: refusals.get(job).cloned() },
-            None => Role::Idle { since: runner.since, meant_for: runner.meant_for.clone(), paused: runner.paused },
+            None => Role::Idle { since: runner.since, meant_for: runner.meant_for.clone(), paused: runner.paused, lost: runner.lost },
         };
     }
     match state.spawned.get(name) {
@@ -370,6 +389,8 @@ fn role_of(state: &PoolState, name: &str, refusals: &BTreeMap<JobKey, Refusal>) 
             (None, Some(job)) => Role::Registering(job.clone()),
             (None, None) => Role::Waiting { ready: spawned.asked.is_some() },
         },
+        // Before the forge was searched, nobody can say whether it has a registration.
+        None if !state.adopted => Role::Unknown,
         None => Role::Stray,
     }
 }

@@ -68,6 +68,8 @@ pub(crate) enum Role {
         meant_for: Option<OwedJob>,
         /// Kept from taking jobs since.
         paused: Option<Timestamp>,
+        /// The registration did not arrive at the pod.
+        lost: bool,
     },
     /// Registered and running a job.
     Busy {
@@ -82,6 +84,8 @@ pub(crate) enum Role {
     Done,
     /// Of an earlier process and without a registration: worth nothing.
     Stray,
+    /// Of an earlier process; whether it has a registration is not known yet.
+    Unknown,
 }
 
 /// What shall be done.
@@ -112,6 +116,16 @@ pub(crate) struct Deletion {
     pub(crate) failure: Option<Reason>,
     /// Whether the failure was one of starting, after which the next start waits.
     pub(crate) start_failure: bool,
+}
+
+/// What can be done while the forge does not answer: pods that are over, stuck or overdue go. Nothing is created, nothing paused, and
+/// nothing deleted for want of a job.
+pub(crate) fn plan_blind(input: &Input) -> Plan {
+    let overdue = |pod: &PodFacts| match verdict(pod, input) {
+        Verdict::Delete(deletion) => Some(deletion),
+        Verdict::Keep | Verdict::Pause | Verdict::Ignore => None,
+    };
+    Plan { delete: input.pods.iter().filter_map(overdue).collect(), ..Plan::default() }
 }
 
 /// The plan.
@@ -206,7 +220,7 @@ fn verdict(pod: &PodFacts, input: &Input) -> Verdict {
         }
         Role::Idle { paused: Some(paused), .. } if age(*paused) > PAUSE => Verdict::Delete(gone(GRACE_STOP)),
         Role::Idle { paused: Some(_), .. } => Verdict::Ignore,
-        Role::Idle { since, .. } if age(*since) > input.deadlines.idle => Verdict::Pause,
+        Role::Idle { since, lost, .. } if *lost || age(*since) > input.deadlines.idle => Verdict::Pause,
         _ => Verdict::Keep,
     }
 }

@@ -12,7 +12,7 @@ use mayfly_crds::Failure;
 use serde::Serialize;
 use tokio::sync::{Notify, mpsc};
 
-use crate::forge::{Forge, JobKey, Repository, Run, RunnerKey, Secret};
+use crate::forge::{Forge, Job, JobKey, Repository, Run, RunnerKey, Secret};
 
 /// Namespace and name of a RunnerPool.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -77,6 +77,8 @@ pub(crate) struct Registered {
     pub(crate) paused: Option<Timestamp>,
     /// Its job is over at the forge, and with it the registration.
     pub(crate) done: bool,
+    /// The registration did not arrive at the pod.
+    pub(crate) lost: bool,
 }
 
 /// The forge of a pool, with the inputs it was made from.
@@ -103,8 +105,10 @@ pub(crate) struct PoolState {
     pub(crate) registered: BTreeMap<String, Registered>,
     /// Jobs that a webhook spoke of since the last pass.
     pub(crate) hinted: BTreeSet<JobKey>,
-    /// The workflow run of each running job.
-    pub(crate) job_runs: HashMap<JobKey, u64>,
+    /// Jobs that runners of this pool have.
+    pub(crate) running: HashMap<JobKey, Job>,
+    /// The pool is being deleted: nothing is registered any more.
+    pub(crate) closing: bool,
     /// Facts about workflow runs, which do not change.
     pub(crate) runs: HashMap<(Repository, u64), Run>,
     /// Whether runners of an earlier process were looked for.
@@ -179,7 +183,13 @@ impl PoolHandle {
     fn try_take(&self, pod: &str, uid: &str, now: Timestamp) -> Result<Option<OwedJob>, NoJob> {
         let mut state = self.state();
         let state = &mut *state;
-        if state.registered.contains_key(pod) {
+        if state.closing {
+            return Err(NoJob::Never("the pool is being deleted"));
+        }
+        if let Some(runner) = state.registered.get_mut(pod) {
+            // Its gate would not ask again if it had received it: the runner serves nobody and is taken back.
+            runner.meant_for = None;
+            runner.lost = true;
             return Err(NoJob::Never("this pod already had its registration"));
         }
         let Some(spawned) = state.spawned.get_mut(pod).filter(|spawned| spawned.uid.is_empty() || spawned.uid == uid) else {
@@ -200,7 +210,7 @@ impl PoolHandle {
     pub(crate) fn registered(&self, pod: &str, key: RunnerKey, now: Timestamp) {
         let mut state = self.state();
         let meant_for = state.spawned.remove(pod).and_then(|spawned| spawned.registering);
-        let runner = Registered { key, meant_for, since: now, job: None, paused: None, done: false };
+        let runner = Registered { key, meant_for, since: now, job: None, paused: None, done: false, lost: false };
         state.registered.insert(pod.to_owned(), runner);
         state.start_failures = 0;
         state.not_before = None;

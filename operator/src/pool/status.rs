@@ -3,9 +3,9 @@
 use jiff::SignedDuration;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use mayfly_crds::conditions::{self, Verdict, reasons};
-use mayfly_crds::{Counts, RunnerPoolStatus};
+use mayfly_crds::{Counts, RunnerPoolStatus, WaitingJob};
 
-use super::gather::{GatherError, Observed};
+use super::gather::{GatherError, Observed, WAITING_TOLD};
 use super::plan::{Plan, Role};
 use super::registry::PoolState;
 use super::validate::Pool;
@@ -35,6 +35,9 @@ impl UserNamespaces {
         match self.all_support() {
             true => Verdict::yes(type_, reasons::OK, "runner pods have a user namespace of their own"),
             false => {
+                if self.lacking.is_empty() {
+                    return Verdict::unknown(type_, reasons::NODES_LACK_SUPPORT, "no schedulable node is known");
+                }
                 let names = self.lacking.iter().take(5).cloned().collect::<Vec<_>>().join(", ");
                 let message = format!(
                     "runner pods share the host's user namespace: no support on {} node(s) ({names}); it takes Linux 6.3, \
@@ -84,7 +87,7 @@ pub(super) fn status(
             verdicts.push(Verdict::no(conditions::FORGE_REACHABLE, reason, message));
         }
         Outcome::Unprepared(why) => {
-            verdicts.push(Verdict::no(conditions::READY, reasons::INVALID, *why));
+            verdicts.push(Verdict::no(conditions::READY, reasons::NOT_PREPARED, *why));
             verdicts.push(Verdict::yes(conditions::FORGE_REACHABLE, reasons::OK, "the forge answers"));
         }
         Outcome::Planned(observed, plan) => {
@@ -92,7 +95,7 @@ pub(super) fn status(
             verdicts.push(Verdict::yes(conditions::FORGE_REACHABLE, reasons::OK, "the forge answers"));
             verdicts.push(overlap(observed));
             new.counts = counts(observed, plan);
-            new.waiting_jobs = observed.waiting.clone();
+            new.waiting_jobs = waiting(observed, plan, pool, state);
             new.observed_generation = generation;
         }
     }
@@ -100,9 +103,24 @@ pub(super) fn status(
     new
 }
 
+/// Jobs that wait, and why: those without a pod on its way first, then those that are not served.
+fn waiting(observed: &Observed, plan: &Plan, pool: Option<&Pool>, state: &PoolState) -> Vec<WaitingJob> {
+    let coming =
+        observed.pods.iter().filter(|pod| matches!(pod.role, Role::Waiting { .. }) && matches!(pod.phase, Phase::Alive { .. })).count();
+    let max = pool.map_or(0, |pool| pool.spec.scale.max);
+    let (reason, message) = match (state.start_failures, observed.pods.len() >= max as usize) {
+        (0, _) | (_, true) => ("AtMax", format!("all {max} runner pods of scale.max are in use")),
+        _ => ("StartsFail", "runner pods do not start; see the condition Ready".to_owned()),
+    };
+    let without_pod = plan.owed.iter().skip(coming + plan.create as usize);
+    let owed = without_pod.map(|job| WaitingJob { job: job.key.to_string(), reason: reason.to_owned(), message: message.clone() });
+    owed.chain(observed.waiting.iter().cloned()).take(WAITING_TOLD).collect()
+}
+
 fn blind(error: &GatherError) -> (&'static str, String) {
     let reason = match error {
         GatherError::Secret(_) => reasons::SECRET_NOT_FOUND,
+        GatherError::NotAllowed(_) => reasons::SECRET_NOT_ALLOWED,
         GatherError::Forge(ForgeError::Unreachable(_)) => reasons::UNREACHABLE,
         GatherError::Forge(ForgeError::Unauthorized { .. }) => reasons::UNAUTHORIZED,
         GatherError::Forge(ForgeError::NotFound { .. }) => reasons::SCOPE_NOT_FOUND,
@@ -123,9 +141,9 @@ fn ready(state: &PoolState) -> Verdict {
 
 fn overlap(observed: &Observed) -> Verdict {
     match observed.overlaps.is_empty() {
-        true => Verdict::no(conditions::OVERLAPPING, reasons::NO_OVERLAP, "no older pool accepts the same jobs"),
+        true => Verdict::no(conditions::OVERLAPPING, reasons::NO_OVERLAP, "no older pool can accept the same jobs"),
         false => {
-            let message = format!("{} accept some of the same jobs and are served first", observed.overlaps.join(", "));
+            let message = format!("older pools that may accept the same jobs are served first: {}", observed.overlaps.join(", "));
             Verdict::yes(conditions::OVERLAPPING, reasons::OLDER_POOL_FIRST, message)
         }
     }

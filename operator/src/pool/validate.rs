@@ -59,9 +59,9 @@ pub(crate) fn validate(pool: &RunnerPool) -> Result<Pool, String> {
         (Some(organization), None, None) if Repository::parse(&format!("{organization}/x")).is_some() => {
             Scope::Organization(organization.clone())
         }
-        (None, Some(repository), None) => Scope::Repository(
-            Repository::parse(repository).ok_or("spec.forge.gitea.scope.repository: write owner/name".to_owned())?,
-        ),
+        (None, Some(repository), None) => {
+            Scope::Repository(Repository::parse(repository).ok_or("spec.forge.gitea.scope.repository: write owner/name".to_owned())?)
+        }
         (None, None, Some(_)) => Scope::Instance,
         (Some(_), None, None) => return Err("spec.forge.gitea.scope.organization is not a name".to_owned()),
         _ => return Err("spec.forge.gitea.scope: name exactly one of organization, repository and instance".to_owned()),
@@ -97,12 +97,27 @@ pub(crate) fn validate(pool: &RunnerPool) -> Result<Pool, String> {
 impl Pool {
     /// Whether `other` looks at jobs of this repository on the same server.
     pub(crate) fn scope_covers(&self, url: &str, repository: &Repository) -> bool {
-        self.url == url
+        // Gitea's names do not distinguish case.
+        same_server(&self.url, url)
             && match &self.scope {
                 Scope::Instance => true,
-                Scope::Organization(name) => repository.owner() == name,
-                Scope::Repository(own) => own == repository,
+                Scope::Organization(name) => repository.owner().eq_ignore_ascii_case(name),
+                Scope::Repository(own) => own.as_str().eq_ignore_ascii_case(repository.as_str()),
             }
+    }
+
+    /// Whether both may accept the same job.
+    pub(crate) fn may_overlap(&self, other: &Self) -> bool {
+        let meet = |a: &Scope, b: &Scope| match (a, b) {
+            (Scope::Instance, _) => true,
+            (Scope::Organization(a), Scope::Organization(b)) => a.eq_ignore_ascii_case(b),
+            (Scope::Organization(a), Scope::Repository(b)) => a.eq_ignore_ascii_case(b.owner()),
+            (Scope::Repository(a), Scope::Repository(b)) => a.as_str().eq_ignore_ascii_case(b.as_str()),
+            _ => false,
+        };
+        same_server(&self.url, &other.url)
+            && (meet(&self.scope, &other.scope) || meet(&other.scope, &self.scope))
+            && self.rules.may_overlap(&other.rules)
     }
 
     /// Forge and scope in one line.
@@ -117,6 +132,17 @@ impl Pool {
     /// Whether this pool is served before `other` where both accept a job: the older one, then the one first in the alphabet.
     pub(crate) fn goes_before(&self, other: &Self) -> bool {
         (self.created, &self.key) < (other.created, &other.key)
+    }
+}
+
+/// Whether two URLs name the same server: default ports and the case of host names aside.
+fn same_server(a: &str, b: &str) -> bool {
+    match (reqwest::Url::parse(a), reqwest::Url::parse(b)) {
+        (Ok(a), Ok(b)) => {
+            let path = |url: &reqwest::Url| url.path().trim_end_matches('/').to_owned();
+            a.host_str() == b.host_str() && a.port_or_known_default() == b.port_or_known_default() && path(&a) == path(&b)
+        }
+        _ => a == b,
     }
 }
 
@@ -143,12 +169,15 @@ pub(super) mod tests {
     use super::*;
 
     pub(crate) fn runner_pool(spec: &str) -> RunnerPool {
-        let pool = format!(r#"{{"apiVersion":"mayfly.dev/v1alpha1","kind":"RunnerPool",
-            "metadata":{{"name":"ci","namespace":"team","uid":"u-1","generation":1,"creationTimestamp":"2026-01-01T00:00:00Z"}},"spec":{spec}}}"#);
+        let pool = format!(
+            r#"{{"apiVersion":"mayfly.dev/v1alpha1","kind":"RunnerPool",
+            "metadata":{{"name":"ci","namespace":"team","uid":"u-1","generation":1,"creationTimestamp":"2026-01-01T00:00:00Z"}},"spec":{spec}}}"#
+        );
         serde_json::from_str(&pool).expect("a RunnerPool")
     }
 
-    const GITEA: &str = r#"{"url":"https://git.example:3000/","scope":{"organization":"acme"},"tokenSecretRef":{"name":"t"},"labels":["linux"]}"#;
+    const GITEA: &str =
+        r#"{"url":"https://git.example:3000/","scope":{"organization":"acme"},"tokenSecretRef":{"name":"t"},"labels":["linux"]}"#;
 
     #[test]
     fn a_good_pool_is_taken_apart() {
@@ -157,6 +186,8 @@ pub(super) mod tests {
         assert_eq!(pool.deadlines.job, SignedDuration::from_hours(6));
         assert!(pool.scope_covers("https://git.example:3000", &Repository::parse("acme/web").expect("valid")));
         assert!(!pool.scope_covers("https://git.example:3000", &Repository::parse("evil/web").expect("valid")));
+        assert!(pool.scope_covers("https://GIT.example:3000/", &Repository::parse("Acme/web").expect("valid")));
+        assert!(!pool.scope_covers("https://git.example", &Repository::parse("acme/web").expect("valid")));
     }
 
     #[test]

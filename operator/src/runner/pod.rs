@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{
-    Capabilities, Container, EmptyDirVolumeSource, EnvVar, Pod, PodSecurityContext, PodSpec, ProjectedVolumeSource,
-    ResourceRequirements, SeccompProfile, SecurityContext, ServiceAccountTokenProjection, Volume, VolumeMount, VolumeProjection,
+    Capabilities, Container, EmptyDirVolumeSource, EnvVar, Pod, PodSecurityContext, PodSpec, ProjectedVolumeSource, ResourceRequirements,
+    SeccompProfile, SecurityContext, ServiceAccountTokenProjection, Volume, VolumeMount, VolumeProjection,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
@@ -145,11 +145,7 @@ fn runner(spec: &RunnerPoolSpec, settings: &PodSettings) -> Container {
         env: Some(environment),
         resources: Some(ResourceRequirements { requests: Some(requests), limits: Some(limits), claims: None }),
         security_context: Some(locked(RUNNER_ID)),
-        volume_mounts: Some(vec![
-            mount("handoff", HANDOFF_DIR, true),
-            mount("home", "/home/runner", false),
-            mount("tmp", "/tmp", false),
-        ]),
+        volume_mounts: Some(vec![mount("handoff", HANDOFF_DIR, true), mount("home", "/home/runner", false), mount("tmp", "/tmp", false)]),
         ..Container::default()
     }
 }
@@ -207,11 +203,7 @@ fn env(name: &str, value: &str) -> EnvVar {
 }
 
 fn resources(requests: &[(&str, &str)], limits: &[(&str, &str)]) -> ResourceRequirements {
-    ResourceRequirements {
-        requests: Some(default_quantities(requests)),
-        limits: Some(default_quantities(limits)),
-        claims: None,
-    }
+    ResourceRequirements { requests: Some(default_quantities(requests)), limits: Some(default_quantities(limits)), claims: None }
 }
 
 fn default_quantities(pairs: &[(&str, &str)]) -> BTreeMap<String, Quantity> {

@@ -139,7 +139,8 @@ mod tests {
         let image = r#"{"phase":"Pending","containerStatuses":[{"name":"runner","image":"","imageID":"","ready":false,"restartCount":0,
             "state":{"waiting":{"reason":"ErrImageNeverPull","message":"not present"}}}]}"#;
         assert!(matches!(phase(&pod(image)), Phase::Stuck(Reason { reason, .. }) if reason == "ErrImageNeverPull"));
-        let room = r#"{"phase":"Pending","conditions":[{"type":"PodScheduled","status":"False","reason":"Unschedulable","message":"0/1 nodes"}]}"#;
+        let room =
+            r#"{"phase":"Pending","conditions":[{"type":"PodScheduled","status":"False","reason":"Unschedulable","message":"0/1 nodes"}]}"#;
         assert_eq!(phase(&pod(room)), Phase::Alive { waits: Some(Reason::new("Unschedulable", "0/1 nodes")) });
     }
 }

@@ -31,9 +31,7 @@ const GRACE: Duration = Duration::from_secs(8);
 
 /// Runs the controller until a signal comes or a part of it fails.
 pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
-    rustls::crypto::aws_lc_rs::default_provider()
-        .install_default()
-        .map_err(|_| anyhow!("another TLS provider is already installed"))?;
+    rustls::crypto::aws_lc_rs::default_provider().install_default().map_err(|_| anyhow!("another TLS provider is already installed"))?;
     let metrics = metrics::Metrics::new();
     let health = health::Health::new(metrics.clone(), &["watches", "certificate"]);
     let stop = CancellationToken::new();
@@ -110,7 +108,13 @@ async fn end_signal() -> Result<()> {
     Ok(())
 }
 
-fn serve_plain(parts: &mut JoinSet<Result<&'static str>>, name: &'static str, address: SocketAddr, router: Router, stop: &CancellationToken) {
+fn serve_plain(
+    parts: &mut JoinSet<Result<&'static str>>,
+    name: &'static str,
+    address: SocketAddr,
+    router: Router,
+    stop: &CancellationToken,
+) {
     let handle = Handle::new();
     let server = axum_server::bind(address).handle(handle.clone()).serve(router.into_make_service());
     serve(parts, name, address, handle, Box::pin(server), stop);

@@ -1,5 +1,6 @@
 //! What the process watches, each once for all pools, stripped of what nobody reads.
 
+use std::collections::HashMap;
 use std::fmt::Debug;
 use std::hash::Hash;
 use std::sync::Arc;
@@ -10,7 +11,7 @@ use k8s_openapi::api::core::v1::{Node, NodeStatus, Pod, Secret};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::api::Api;
 use kube::runtime::reflector::{self, Store, store::Writer};
-use kube::runtime::watcher::{self, watcher};
+use kube::runtime::watcher::{self, Event, watcher};
 use kube::runtime::{WatchStreamExt, predicates};
 use kube::{Client, Resource, ResourceExt};
 use mayfly_crds::names::{LABEL_POOL, managed_selector};
@@ -19,6 +20,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::pool::{Guarded, PoolKey, Pools};
+use crate::runner::phase;
 
 /// The caches.
 #[derive(Clone)]
@@ -67,12 +69,20 @@ pub(super) fn start(
         }
     };
     let wake = wake_of(registry);
-    let pods = watch(parts, stop, "pods", Api::<Pod>::all(client.clone()), managed.clone(), strip_pod, move |pod: &Pod| {
-        wake(pod.namespace(), pod.labels().get(LABEL_POOL));
+    let mut phases = HashMap::new();
+    let pods = watch(parts, stop, "pods", Api::<Pod>::all(client.clone()), managed.clone(), strip_pod, move |pod: &Pod, gone: bool| {
+        // A pod says a dozen things while it starts; a pass is due when one of them changes what is to be done.
+        let before = match gone {
+            true => phases.remove(&pod.uid()),
+            false => phases.insert(pod.uid(), phase(pod)),
+        };
+        if gone || before.is_some_and(|before| before != phase(pod)) {
+            wake(pod.namespace(), pod.labels().get(LABEL_POOL));
+        }
     });
     let wake = wake_of(registry);
     let policies =
-        watch(parts, stop, "policies", Api::<NetworkPolicy>::all(client.clone()), managed, strip, move |policy: &NetworkPolicy| {
+        watch(parts, stop, "policies", Api::<NetworkPolicy>::all(client.clone()), managed, strip, move |policy: &NetworkPolicy, _| {
             wake(policy.namespace(), policy.labels().get(LABEL_POOL));
         });
     // A token that comes late or changes: every pool looks again.
@@ -84,9 +94,9 @@ pub(super) fn start(
         Api::<Secret>::namespaced(client.clone(), namespace),
         watcher::Config::default(),
         strip,
-        move |_: &Secret| all.all().iter().for_each(|handle| all.wake(handle.key.clone())),
+        move |_: &Secret, _| all.all().iter().for_each(|handle| all.wake(handle.key.clone())),
     );
-    let nodes = watch(parts, stop, "nodes", Api::<Node>::all(client.clone()), watcher::Config::default(), strip_node, |_: &Node| {});
+    let nodes = watch(parts, stop, "nodes", Api::<Node>::all(client.clone()), watcher::Config::default(), strip_node, |_: &Node, _| {});
     (Stores { pools, pods, secrets, policies, nodes }, root)
 }
 
@@ -96,7 +106,7 @@ fn combined() -> impl kube::runtime::Predicate<Guarded> {
     predicates::generation.combine(predicates::finalizers)
 }
 
-/// One reflector as a part of the process; `touched` sees every object that came, changed or went.
+/// One reflector as a part of the process; `touched` sees every object that came or changed, and (with true) every one that went.
 fn watch<K>(
     parts: &mut JoinSet<Result<&'static str>>,
     stop: &CancellationToken,
@@ -104,7 +114,7 @@ fn watch<K>(
     api: Api<K>,
     config: watcher::Config,
     strip: fn(&mut K),
-    touched: impl Fn(&K) + Send + Sync + 'static,
+    mut touched: impl FnMut(&K, bool) + Send + Sync + 'static,
 ) -> Store<K>
 where
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
@@ -112,17 +122,17 @@ where
 {
     let writer = Writer::<K>::default();
     let store = writer.as_reader();
-    let stream = watcher(api, config).default_backoff().modify(strip).reflect(writer).touched_objects();
+    let stream = watcher(api, config).default_backoff().modify(strip).reflect(writer);
     let stop = stop.clone();
     parts.spawn(async move {
-        let watching = stream
-            .inspect_err(|error| tracing::warn!(%error, "watch of {name}"))
-            .for_each(|object| {
-                if let Ok(object) = &object {
-                    touched(object);
-                }
-                futures::future::ready(())
-            });
+        let watching = stream.inspect_err(|error| tracing::warn!(%error, "watch of {name}")).for_each(|event| {
+            match &event {
+                Ok(Event::Apply(object) | Event::InitApply(object)) => touched(object, false),
+                Ok(Event::Delete(object)) => touched(object, true),
+                Ok(Event::Init | Event::InitDone) | Err(_) => {}
+            }
+            futures::future::ready(())
+        });
         tokio::select! { () = watching => {}, () = stop.cancelled() => {} }
         Ok(name)
     });
@@ -144,10 +154,7 @@ fn strip_node(node: &mut Node) {
     strip(node);
     node.metadata.annotations = None;
     if let Some(status) = &mut node.status {
-        *status = NodeStatus {
-            runtime_handlers: status.runtime_handlers.take(),
-            addresses: status.addresses.take(),
-            ..NodeStatus::default()
-        };
+        *status =
+            NodeStatus { runtime_handlers: status.runtime_handlers.take(), addresses: status.addresses.take(), ..NodeStatus::default() };
     }
 }

@@ -3,8 +3,8 @@
 //! Sources: Gitea's OpenAPI document (`/swagger.v1.json`) and `runner/v1/services.proto` of code.gitea.io/actions-proto-def,
 //! called with the Connect protocol's JSON codec (POST, `application/json`, camelCase, 64-bit numbers as strings).
 
-mod wire;
 pub(crate) mod webhook;
+mod wire;
 
 use std::time::Duration;
 
@@ -13,14 +13,14 @@ use reqwest::{Method, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::{
-    Forge, ForgeError, Job, JobKey, JobState, RegisteredRunner, Registration, Removal, Repository, Run, RunnerKey, Secret,
-};
+use super::{Forge, ForgeError, Job, JobKey, JobState, RegisteredRunner, Registration, Removal, Repository, Run, RunnerKey, Secret};
 
-/// Entries per page: Gitea's own default limit (`[api] MAX_RESPONSE_ITEMS`).
+/// Entries asked for per page: Gitea's own default limit (`[api] MAX_RESPONSE_ITEMS`); a server may be set to give fewer.
 const PAGE: usize = 50;
-/// Most pages read of any list, so that one pass is bounded; 2,000 entries.
-const MAX_PAGES: usize = 40;
+/// Most pages read of a list of jobs, so that one pass is bounded: 2,000 jobs that wait are enough to know of.
+const JOB_PAGES: usize = 40;
+/// Most pages read of any other list, which have to be whole.
+const MAX_PAGES: usize = 1_000;
 /// Longest answer read, in bytes.
 const MAX_ANSWER: usize = 16 << 20;
 /// Deadline of one call.
@@ -108,32 +108,31 @@ impl Gitea {
             s if s.is_success() => Ok(bytes),
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Err(ForgeError::Unauthorized { what: what.to_owned() }),
             StatusCode::NOT_FOUND => Err(ForgeError::NotFound { what: what.to_owned() }),
-            s if s.is_server_error() || s == StatusCode::TOO_MANY_REQUESTS => {
-                Err(ForgeError::Unreachable(format!("HTTP {s} for {what}")))
-            }
+            s if s.is_server_error() || s == StatusCode::TOO_MANY_REQUESTS => Err(ForgeError::Unreachable(format!("HTTP {s} for {what}"))),
             s => Err(ForgeError::Unexpected(format!("HTTP {s} for {what}"))),
         }
     }
 
-    /// Reads a list page by page until a page is not full.
+    /// Reads a list page by page until it has as many entries as it says, or a page is empty.
     async fn pages<L: DeserializeOwned, T>(
         &self,
         path: &str,
         what: &str,
-        entries: impl Fn(L) -> Vec<T>,
+        most: usize,
+        entries: impl Fn(L) -> (Vec<T>, Option<usize>),
     ) -> Result<Vec<T>, ForgeError> {
         let joint = if path.contains('?') { '&' } else { '?' };
         let mut all = Vec::new();
-        for page in 1..=MAX_PAGES {
+        for page in 1..=most {
             let list: L = self.rest(Method::GET, &format!("{path}{joint}limit={PAGE}&page={page}"), what).await?;
-            let read = entries(list);
-            let full = read.len() >= PAGE;
+            let (read, total) = entries(list);
+            let empty = read.is_empty();
             all.extend(read);
-            if !full {
-                break;
+            if empty || total.is_some_and(|total| all.len() >= total) {
+                return Ok(all);
             }
         }
-        Ok(all)
+        if most == JOB_PAGES { Ok(all) } else { Err(ForgeError::Unexpected(format!("{what}: the list does not end"))) }
     }
 }
 
@@ -142,7 +141,7 @@ impl Forge for Gitea {
     async fn jobs(&self, state: JobState) -> Result<Vec<Job>, ForgeError> {
         let status = wire::status_filter(state);
         let path = format!("{}/actions/jobs?status={status}", self.scope_path());
-        let jobs = self.pages(&path, "jobs of the scope", |list: wire::Jobs| list.jobs).await?;
+        let jobs = self.pages(&path, "jobs of the scope", JOB_PAGES, |list: wire::Jobs| (list.jobs, list.total_count)).await?;
         let mut jobs: Vec<Job> = jobs.into_iter().filter_map(wire::Job::into_job).filter(|j| j.state == state).collect();
         jobs.sort_by_key(|job| job.key.id);
         Ok(jobs)
@@ -158,8 +157,7 @@ impl Forge for Gitea {
     }
 
     async fn run(&self, repository: &Repository, run: u64) -> Result<Run, ForgeError> {
-        let run: wire::Run =
-            self.rest(Method::GET, &format!("/repos/{repository}/actions/runs/{run}"), "the workflow run").await?;
+        let run: wire::Run = self.rest(Method::GET, &format!("/repos/{repository}/actions/runs/{run}"), "the workflow run").await?;
         let (workflow, git_ref) = wire::split_path(&run.path);
         let fork = match wire::pull_request_of(&git_ref) {
             // The run itself does not say where the code comes from; the pull request does.
@@ -177,12 +175,7 @@ impl Forge for Gitea {
         Ok(Run { event: run.event, workflow, git_ref, fork })
     }
 
-    async fn register(
-        &self,
-        repository: &Repository,
-        name: &str,
-        labels: &[String],
-    ) -> Result<Registration, ForgeError> {
+    async fn register(&self, repository: &Repository, name: &str, labels: &[String]) -> Result<Registration, ForgeError> {
         // The token is good for any number of runners until somebody resets it: it stays in this function.
         let path = format!("/repos/{repository}/actions/runners/registration-token");
         let token: wire::RegistrationToken = self.rest(Method::POST, &path, "the registration token of the repository").await?;
@@ -194,9 +187,7 @@ impl Forge for Gitea {
             ephemeral: true,
         };
         let what = "the registration of a runner";
-        let body = self
-            .send(Method::POST, "/api/actions/runner.v1.RunnerService/Register", what, Some(&request), None)
-            .await?;
+        let body = self.send(Method::POST, "/api/actions/runner.v1.RunnerService/Register", what, Some(&request), None).await?;
         let runner = decode::<wire::RegisterResponse>(&body, what)?.runner;
         if !runner.ephemeral {
             return Err(ForgeError::Unexpected(
@@ -210,13 +201,11 @@ impl Forge for Gitea {
 
     async fn runners(&self, repository: &Repository) -> Result<Vec<RegisteredRunner>, ForgeError> {
         let path = format!("/repos/{repository}/actions/runners");
-        let runners = self.pages(&path, "runners of the repository", |list: wire::Runners| list.runners).await?;
+        let runners =
+            self.pages(&path, "runners of the repository", MAX_PAGES, |list: wire::Runners| (list.runners, list.total_count)).await?;
         Ok(runners
             .into_iter()
-            .map(|runner| RegisteredRunner {
-                key: RunnerKey { repository: repository.clone(), id: runner.id },
-                name: runner.name,
-            })
+            .map(|runner| RegisteredRunner { key: RunnerKey { repository: repository.clone(), id: runner.id }, name: runner.name })
             .collect())
     }
 
@@ -224,10 +213,11 @@ impl Forge for Gitea {
         let names = match &self.scope {
             Scope::Repository(repository) => return Ok(vec![repository.clone()]),
             Scope::Organization(name) => {
-                self.pages(&format!("/orgs/{name}/repos"), "repositories of the organization", |list: Vec<wire::Repo>| list).await?
+                let path = format!("/orgs/{name}/repos");
+                self.pages(&path, "repositories of the organization", MAX_PAGES, |list: Vec<wire::Repo>| (list, None)).await?
             }
             Scope::Instance => {
-                self.pages("/repos/search", "repositories of the server", |list: wire::RepoSearch| list.data).await?
+                self.pages("/repos/search", "repositories of the server", MAX_PAGES, |list: wire::RepoSearch| (list.data, None)).await?
             }
         };
         Ok(names.iter().filter(|repo| repo.has_actions).filter_map(|repo| Repository::parse(&repo.full_name)).collect())

@@ -8,6 +8,7 @@ use super::super::{self as forge, JobKey, JobState, Repository};
 pub(super) struct Jobs {
     #[serde(default)]
     pub(super) jobs: Vec<Job>,
+    pub(super) total_count: Option<usize>,
 }
 
 #[derive(Deserialize)]
@@ -106,6 +107,7 @@ impl PullRequest {
 pub(super) struct Runners {
     #[serde(default)]
     pub(super) runners: Vec<Runner>,
+    pub(super) total_count: Option<usize>,
 }
 
 #[derive(Deserialize)]

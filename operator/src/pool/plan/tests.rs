@@ -17,21 +17,12 @@ fn job(id: u64) -> OwedJob {
 }
 
 fn pod(name: &str, role: Role) -> PodFacts {
-    PodFacts {
-        name: name.to_owned(),
-        uid: format!("uid-{name}"),
-        created: ago(10),
-        phase: Phase::Alive { waits: None },
-        role,
-    }
+    PodFacts { name: name.to_owned(), uid: format!("uid-{name}"), created: ago(10), phase: Phase::Alive { waits: None }, role }
 }
 
 fn input(max: u32, queued: Vec<OwedJob>, pods: Vec<PodFacts>) -> Input {
-    let deadlines = Deadlines {
-        start: SignedDuration::from_mins(5),
-        idle: SignedDuration::from_mins(5),
-        job: SignedDuration::from_hours(6),
-    };
+    let deadlines =
+        Deadlines { start: SignedDuration::from_mins(5), idle: SignedDuration::from_mins(5), job: SignedDuration::from_hours(6) };
     Input { now: now(), max, warm: 0, deadlines, queued, pods, not_before: None }
 }
 
@@ -40,7 +31,7 @@ fn busy(refused: Option<Refusal>) -> Role {
 }
 
 fn idle_for(job: OwedJob, seconds: i64) -> Role {
-    Role::Idle { since: ago(seconds), meant_for: Some(job), paused: None }
+    Role::Idle { since: ago(seconds), meant_for: Some(job), paused: None, lost: false }
 }
 
 #[test]
@@ -63,7 +54,7 @@ fn a_registered_runner_serves_the_job_it_was_made_for_and_no_other_repository() 
 fn a_runner_without_a_job_is_paused_first_and_removed_after() {
     let plan_ = plan(&input(10, vec![], vec![pod("a", idle_for(job(1), 60))]));
     assert_eq!((plan_.pause, plan_.delete), (vec!["a".to_owned()], vec![]));
-    let paused = Role::Idle { since: ago(60), meant_for: None, paused: Some(ago(3)) };
+    let paused = Role::Idle { since: ago(60), meant_for: None, paused: Some(ago(3)), lost: false };
     let plan_ = plan(&input(10, vec![], vec![pod("a", paused)]));
     assert!(plan_.delete[0].deregister);
 }
@@ -102,6 +93,24 @@ fn a_pod_that_cannot_start_is_removed_and_counted() {
     assert!(plan_.delete.iter().all(|deletion| deletion.start_failure));
     let late = plan_.delete[1].failure.clone().expect("a reason");
     assert!(late.message.contains("0/1 nodes"), "{}", late.message);
+}
+
+#[test]
+fn a_runner_whose_registration_got_lost_is_taken_back_at_once() {
+    let lost = Role::Idle { since: ago(1), meant_for: None, paused: None, lost: true };
+    let plan_ = plan(&input(10, vec![job(1)], vec![pod("a", lost)]));
+    assert_eq!((plan_.pause.len(), plan_.create), (1, 1));
+}
+
+#[test]
+fn without_the_forge_only_what_is_over_stuck_or_overdue_goes() {
+    let over = PodFacts { phase: Phase::Over { success: true, reason: None }, ..pod("over", busy(None)) };
+    let late = PodFacts { role: Role::Busy { job: job(1).key, since: ago(7 * 3600), refused: None }, ..pod("late", Role::Done) };
+    let pods = vec![over, late, pod("idle", idle_for(job(1), 60)), pod("waits", Role::Waiting { ready: true }), pod("old", Role::Unknown)];
+    let plan_ = plan_blind(&input(10, vec![], pods));
+    let names: Vec<_> = plan_.delete.iter().map(|deletion| deletion.name.as_str()).collect();
+    assert_eq!(names, ["over", "late"]);
+    assert_eq!((plan_.create, plan_.pause.len()), (0, 0));
 }
 
 #[test]

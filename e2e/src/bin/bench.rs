@@ -1,0 +1,297 @@
+//! What a job costs and how long things take, measured on the running cluster: one figure a line as `name value unit`, and the same
+//! in `target/bench.json`. Times are wall-clock of this machine, which runs cluster, forge and jobs at once: compare the ratios.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+use futures::{StreamExt, TryStreamExt};
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::{DeleteParams, LogParams, PostParams};
+use kube::runtime::watcher::{Config, Event, watcher};
+use kube::{Api, ResourceExt};
+use mayfly_cluster::{Cluster, Options, Progress};
+use mayfly_crds::RunnerPool;
+use mayfly_e2e::stage::{POOL, Stage};
+use mayfly_e2e::wait::eventually;
+use mayfly_e2e::world::{SYSTEM, repository};
+use mayfly_e2e::{install, pool};
+use serde_json::{Value, json};
+use tokio::sync::Mutex;
+
+/// Jobs measured one after another, and as one burst.
+const SINGLE: usize = 8;
+const BURST: usize = 20;
+/// Numbers of pools at which memory is measured.
+const POOLS: [usize; 3] = [1, 50, 500];
+/// The job says when its first step began and when its last step ended, by the clock that this program reads as well.
+const WORKFLOW: &str = r#"{"on": "workflow_dispatch", "jobs": {"job": {"runs-on": "linux", "steps": [{"run": "echo first=$(date +%s.%N)"}, {"run": "echo last=$(date +%s.%N)"}]}}}"#;
+
+/// Measures Mayfly on the cluster that is up.
+#[derive(Parser)]
+#[command(version, about)]
+struct Arguments {
+    /// Leave out the memory figures, which take some minutes.
+    #[arg(long)]
+    quick: bool,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    match bench(&Arguments::parse()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "bench failed: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[derive(Default)]
+struct Figures(Vec<(String, f64, &'static str)>);
+
+impl Figures {
+    fn add(&mut self, name: impl Into<String>, value: f64, unit: &'static str) {
+        let name = name.into();
+        // Nobody to tell if the terminal is gone.
+        let _ = writeln!(std::io::stdout(), "{name} {value:.3} {unit}");
+        self.0.push((name, value, unit));
+    }
+
+    fn spread(&mut self, name: &str, mut values: Vec<f64>) -> f64 {
+        values.sort_by(f64::total_cmp);
+        let at = |share: f64| values[((values.len() - 1) as f64 * share).round() as usize];
+        self.add(format!("{name}_p50"), at(0.5), "s");
+        self.add(format!("{name}_max"), at(1.0), "s");
+        at(0.5)
+    }
+
+    fn write(&self) -> Result<()> {
+        let all: Vec<Value> = self.0.iter().map(|(name, value, unit)| json!({"name": name, "value": value, "unit": unit})).collect();
+        let file = repository().join("target/bench.json");
+        fs::write(&file, serde_json::to_string_pretty(&all)?).with_context(|| file.display().to_string())
+    }
+}
+
+async fn bench(arguments: &Arguments) -> Result<()> {
+    let progress = Progress::stderr();
+    let cluster = Cluster::up(Options::default(), &progress)?;
+    install::install(&cluster, &progress)?;
+    let stage = Stage::set("bench").await?;
+    let served = stage.pool(|pool| pool["spec"]["scale"]["max"] = json!(10)).await?;
+    stage.hook()?;
+    let (owner, app) = (stage.organization.name.clone(), "app");
+    stage.forge.create_repo(&owner, app, false)?;
+    stage.forge.put_file(&owner, app, "main", ".gitea/workflows/bench.yml", WORKFLOW.as_bytes(), "Add workflow")?;
+
+    let mut figures = Figures::default();
+    let times = Times::watch(&stage).await;
+    let image = format!("{}/gitea-runner:dev", "mayfly.test");
+    let bare = bare_pods(&stage, &image).await?;
+    let bare = figures.spread("bare_pod_create_to_first_instruction", bare);
+    let first_step = one_by_one(&stage, &served, &times, &mut figures).await?;
+    figures.add("queue_to_first_step_over_bare_pod", first_step / bare, "ratio");
+    burst(&stage, &served, &mut figures).await?;
+    if !arguments.quick {
+        memory(&stage, &mut figures).await?;
+    }
+    figures.write()?;
+    stage.strike().await
+}
+
+/// When pods of the stage were first seen and when they were gone.
+#[derive(Clone, Default)]
+struct Times(Arc<Mutex<BTreeMap<String, (f64, Option<f64>)>>>);
+
+impl Times {
+    async fn watch(stage: &Stage) -> Self {
+        let times = Self::default();
+        let (seen, api) = (times.clone(), stage.pod_api());
+        tokio::spawn(async move {
+            let mut events = watcher(api, Config::default()).boxed();
+            while let Ok(Some(event)) = events.try_next().await {
+                let now = now();
+                let mut all = seen.0.lock().await;
+                match event {
+                    Event::Apply(pod) | Event::InitApply(pod) => drop(all.entry(pod.name_any()).or_insert((now, None))),
+                    Event::Delete(pod) => drop(all.entry(pod.name_any()).and_modify(|times| times.1 = Some(now))),
+                    Event::Init | Event::InitDone => {}
+                }
+            }
+        });
+        times
+    }
+}
+
+fn now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map(|time| time.as_secs_f64()).unwrap_or_default()
+}
+
+/// A pod of the runner's image that does nothing but tell the time: what the cluster needs for any pod at all.
+async fn bare_pods(stage: &Stage, image: &str) -> Result<Vec<f64>> {
+    let api = stage.pod_api();
+    let mut all = Vec::new();
+    for n in 0..SINGLE {
+        let name = format!("bare-{n}");
+        let pod: Pod = serde_json::from_value(json!({
+        "metadata": {"name": name},
+        "spec": {
+            "restartPolicy": "Never", "automountServiceAccountToken": false, "terminationGracePeriodSeconds": 0, "hostUsers": false,
+            "securityContext": {"runAsNonRoot": true, "runAsUser": 1001, "seccompProfile": {"type": "RuntimeDefault"}},
+            "containers": [{"name": "bare", "image": image, "imagePullPolicy": "Never", "command": ["date", "+%s.%N"],
+                "securityContext": {"allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}}}],
+        }}))?;
+        let began = now();
+        api.create(&PostParams::default(), &pod).await?;
+        let log = eventually("the bare pod's word", Duration::from_secs(60), || async {
+            let log = api.logs(&name, &LogParams::default()).await?;
+            Ok(log.trim().parse::<f64>().ok())
+        })
+        .await?;
+        all.push(log - began);
+        api.delete(&name, &DeleteParams::default().grace_period(0)).await?;
+    }
+    Ok(all)
+}
+
+/// Jobs one after another: how long each part of a job's life takes when nothing else happens.
+async fn one_by_one(stage: &Stage, served: &RunnerPool, times: &Times, figures: &mut Figures) -> Result<f64> {
+    let (mut create, mut first, mut pod_gone, mut registration_gone) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..SINGLE {
+        times.0.lock().await.clear();
+        let began = now();
+        let id = dispatch(stage)?;
+        let job = stage.job_is("app", id, "completed").await?;
+        let free = eventually("the registration gone", Duration::from_secs(60), || async {
+            Ok(stage.registrations(served)?.is_empty().then(now))
+        })
+        .await?;
+        stage.nothing_left(served).await?;
+        let log = stage.forge.job_log(&stage.organization.name, "app", job.id)?;
+        let gone = eventually("the pod's end", Duration::from_secs(5), || async {
+            Ok(times.0.lock().await.values().find_map(|(seen, gone)| Some((*seen, (*gone)?))))
+        })
+        .await?;
+        create.push(gone.0 - began);
+        first.push(stamp(&log, "first=")? - began);
+        pod_gone.push(gone.1 - stamp(&log, "last=")?);
+        registration_gone.push(free - stamp(&log, "last=")?);
+    }
+    figures.spread("queue_to_pod_create", create);
+    let first_step = figures.spread("queue_to_first_step", first);
+    figures.spread("job_end_to_pod_gone", pod_gone);
+    figures.spread("job_end_to_registration_gone", registration_gone);
+    Ok(first_step)
+}
+
+fn dispatch(stage: &Stage) -> Result<i64> {
+    let run = stage.forge.dispatch(&stage.organization.name, "app", "bench.yml", "main", &json!({}))?;
+    let jobs = stage.forge.run_jobs(&stage.organization.name, "app", run)?;
+    Ok(jobs.first().context("a run has a job")?.id)
+}
+
+fn stamp(log: &str, mark: &str) -> Result<f64> {
+    let found = log.lines().filter_map(|line| line.split_once(mark)).find_map(|(_, time)| time.trim().parse().ok());
+    found.with_context(|| format!("{mark} is not in the log:\n{log}"))
+}
+
+/// Many jobs at once: what each costs the API server.
+async fn burst(stage: &Stage, served: &RunnerPool, figures: &mut Figures) -> Result<()> {
+    let log = stage.world.cluster.audit_log();
+    let before = fs::metadata(&log)?.len();
+    let began = now();
+    let jobs: Vec<i64> = (0..BURST).map(|_| dispatch(stage)).collect::<Result<_>>()?;
+    for job in &jobs {
+        stage.succeeds("app", *job).await?;
+    }
+    figures.add("burst_jobs_per_minute", BURST as f64 * 60.0 / (now() - began), "1/min");
+    stage.nothing_left(served).await?;
+    // The last numbers of the status are written with a delay.
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    let text = fs::read(&log)?;
+    ensure!(text.len() as u64 >= before, "the audit log was rotated meanwhile: run the benchmark again");
+    let calls = count_calls(&String::from_utf8_lossy(&text[usize::try_from(before)?..]));
+    let per_job = |kind: &str| calls.iter().filter(|((k, _), _)| k == kind).map(|(_, n)| f64::from(*n)).sum::<f64>() / BURST as f64;
+    figures.add("kube_writes_per_job", per_job("write"), "1/job");
+    figures.add("kube_reads_per_job", per_job("read"), "1/job");
+    for ((kind, what), n) in &calls {
+        let name = what.replace(|c: char| !c.is_ascii_alphanumeric(), "_");
+        figures.add(format!("kube_{kind}s_per_job_{name}"), f64::from(*n) / BURST as f64, "1/job");
+    }
+    Ok(())
+}
+
+/// Calls of the operator in a piece of the audit log, by kind and by verb and resource.
+fn count_calls(log: &str) -> BTreeMap<(String, String), u32> {
+    let account = format!("system:serviceaccount:{SYSTEM}:mayfly-controller");
+    let mut calls = BTreeMap::new();
+    for event in log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()) {
+        let verb = event["verb"].as_str().unwrap_or_default();
+        let kind = match verb {
+            "get" | "list" => "read",
+            "create" | "update" | "patch" | "delete" | "deletecollection" => "write",
+            _ => continue,
+        };
+        if event["user"]["username"].as_str() != Some(account.as_str()) || event["stage"].as_str() != Some("ResponseComplete") {
+            continue;
+        }
+        let what = &event["objectRef"];
+        let resource = what["resource"].as_str().unwrap_or_default();
+        let resource = what["subresource"].as_str().map_or(resource.to_owned(), |sub| format!("{resource}/{sub}"));
+        *calls.entry((kind.to_owned(), format!("{verb} {resource}"))).or_insert(0) += 1;
+    }
+    calls
+}
+
+/// The operator's memory with more and more pools.
+async fn memory(stage: &Stage, figures: &mut Figures) -> Result<()> {
+    let mut made = 1;
+    for count in POOLS {
+        while made < count {
+            let manifest = pool::manifest(&stage.world, &stage.namespace, &format!("m{made}"), &stage.organization, |pool| {
+                pool["spec"]["forge"]["gitea"]["labels"] = json!([format!("m{made}")]);
+            });
+            pool::apply(&stage.world, &manifest).await?;
+            made += 1;
+        }
+        eventually(format!("{count} pools ready"), Duration::from_secs(300), || async {
+            let all = pool::pools(&stage.world, &stage.namespace).list(&Default::default()).await?;
+            let ready = |pool: &&RunnerPool| {
+                pool.status.iter().flat_map(|status| &status.conditions).any(|c| c.type_ == "Ready" && c.status == "True")
+            };
+            Ok((all.items.iter().filter(ready).count() >= count).then_some(()))
+        })
+        .await?;
+        tokio::time::sleep(Duration::from_secs(15)).await;
+        figures.add(format!("operator_memory_{count}_pools"), operator_memory()? / f64::from(1 << 20), "MiB");
+    }
+    for n in 1..made {
+        let pools: Api<RunnerPool> = pool::pools(&stage.world, &stage.namespace);
+        pools.delete(&format!("m{n}"), &DeleteParams::default()).await?;
+    }
+    eventually("the pools gone", Duration::from_secs(300), || async {
+        let left = pool::pools(&stage.world, &stage.namespace).list(&Default::default()).await?.items;
+        Ok(left.iter().all(|pool| pool.name_any() == POOL).then_some(()))
+    })
+    .await
+}
+
+/// Resident memory of the operator's process, in bytes.
+fn operator_memory() -> Result<f64> {
+    for process in fs::read_dir("/proc")?.flatten() {
+        let path = process.path();
+        let command = fs::read(path.join("cmdline")).unwrap_or_default();
+        if command == b"/mayfly\0controller\0" {
+            let status = fs::read_to_string(path.join("status"))?;
+            let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
+            let kilobytes: f64 = line.trim().trim_end_matches(" kB").parse()?;
+            return Ok(kilobytes * 1024.0);
+        }
+    }
+    anyhow::bail!("the operator's process was not found on this machine")
+}

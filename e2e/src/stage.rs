@@ -1,0 +1,236 @@
+//! A stage for one test: an organization, a namespace and a pool of its own, so that tests run side by side.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::core::v1::{Namespace, Pod};
+use k8s_openapi::api::events::v1::Event;
+use kube::Api;
+use kube::api::{DeleteParams, ListParams};
+use mayfly_cluster::Forge;
+use mayfly_cluster::command::random_hex;
+use mayfly_cluster::forge::{Job, Runner, Scope};
+use mayfly_crds::{RunnerPool, RunnerPoolStatus};
+use serde_json::{Value, json};
+
+use crate::forge::Organization;
+use crate::wait::eventually;
+use crate::{World, install, pool};
+
+/// Longest time a step of a job's life may take in a test, on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(90);
+/// Name of the pool of a stage.
+pub const POOL: &str = "ci";
+
+/// An organization, its robot, a namespace.
+pub struct Stage {
+    /// The cluster and the forge.
+    pub world: World,
+    /// The organization.
+    pub organization: Organization,
+    /// The forge, as the organization's robot.
+    pub forge: Forge,
+    /// The namespace, named as the organization.
+    pub namespace: String,
+}
+
+impl Stage {
+    /// Sets the stage: no pool yet.
+    ///
+    /// # Errors
+    /// When the cluster is not up or the operator not installed.
+    pub async fn set(name: &str) -> Result<Self> {
+        let world = World::connect().await?;
+        let name = format!("t-{name}-{}", random_hex(3)?);
+        let organization = Organization::create(&world, &name)?;
+        pool::namespace(&world, &name).await?;
+        pool::secret(&world, &organization, &name).await?;
+        Ok(Self { forge: organization.client(&world), world, organization, namespace: name })
+    }
+
+    /// Applies the stage's pool, changed by `change`, and waits until it is ready.
+    ///
+    /// # Errors
+    /// When it does not get ready.
+    pub async fn pool(&self, change: impl FnOnce(&mut Value)) -> Result<RunnerPool> {
+        let applied = self.unready_pool(change).await?;
+        pool::condition(&self.world, &self.namespace, POOL, "Ready", "True").await?;
+        Ok(applied)
+    }
+
+    /// Applies the stage's pool, changed by `change`.
+    ///
+    /// # Errors
+    /// With the API server's answer.
+    pub async fn unready_pool(&self, change: impl FnOnce(&mut Value)) -> Result<RunnerPool> {
+        let manifest = pool::manifest(&self.world, &self.namespace, POOL, &self.organization, change);
+        pool::apply(&self.world, &manifest).await
+    }
+
+    /// Has the forge tell the pool of its jobs.
+    ///
+    /// # Errors
+    /// With the forge's answer.
+    pub fn hook(&self) -> Result<()> {
+        let url = install::webhook_url(&self.world.cluster, &self.namespace, POOL)?;
+        let scope = Scope::Organization(self.organization.name.clone());
+        self.forge.create_hook(&scope, &url, &self.organization.webhook_secret, &["workflow_job"]).map(drop)
+    }
+
+    /// Makes a repository with these workflows in one push. Returns once the forge has made as many jobs as `jobs`.
+    ///
+    /// # Errors
+    /// When they do not appear.
+    pub async fn push(&self, repository: &str, workflows: &[(&str, &str)], jobs: usize) -> Result<Vec<Job>> {
+        let owner = &self.organization.name;
+        self.forge.create_repo(owner, repository, false)?;
+        let seen: BTreeSet<i64> = self.jobs(repository)?.iter().map(|job| job.id).collect();
+        let paths: Vec<String> = workflows.iter().map(|(file, _)| format!(".gitea/workflows/{file}")).collect();
+        let files: Vec<(&str, &[u8])> = paths.iter().zip(workflows).map(|(path, (_, text))| (path.as_str(), text.as_bytes())).collect();
+        self.forge.put_files(owner, repository, "main", &files, "Add workflows")?;
+        eventually(format!("{jobs} job(s) of {repository}"), PATIENCE, || async {
+            let mut found = self.jobs(repository)?;
+            found.retain(|job| !seen.contains(&job.id));
+            found.sort_by_key(|job| job.id);
+            Ok((found.len() >= jobs).then_some(found))
+        })
+        .await
+    }
+
+    /// Jobs of a repository.
+    ///
+    /// # Errors
+    /// With the forge's answer.
+    pub fn jobs(&self, repository: &str) -> Result<Vec<Job>> {
+        self.forge.jobs(&Scope::repository(&self.organization.name, repository), None)
+    }
+
+    /// The job as it is now.
+    ///
+    /// # Errors
+    /// With the forge's answer.
+    pub fn job(&self, repository: &str, id: i64) -> Result<Job> {
+        self.forge.job(&self.organization.name, repository, id)
+    }
+
+    /// Waits until a job has this status.
+    ///
+    /// # Errors
+    /// When it does not get so.
+    pub async fn job_is(&self, repository: &str, id: i64, status: &str) -> Result<Job> {
+        eventually(format!("job {id} of {repository} {status}; pool: {:?}", self.status().await?.conditions), PATIENCE, || async {
+            let job = self.job(repository, id)?;
+            Ok((job.status == status).then_some(job))
+        })
+        .await
+    }
+
+    /// Waits until a job is over and returns its log.
+    ///
+    /// # Errors
+    /// When it does not end with success.
+    pub async fn succeeds(&self, repository: &str, id: i64) -> Result<String> {
+        let job = self.job_is(repository, id, "completed").await?;
+        let log = self.forge.job_log(&self.organization.name, repository, id)?;
+        ensure!(job.conclusion == "success", "job {id} of {repository}: {}; its log:\n{log}", job.conclusion);
+        Ok(log)
+    }
+
+    /// Runner pods.
+    ///
+    /// # Errors
+    /// With the API server's answer.
+    pub async fn pods(&self) -> Result<Vec<Pod>> {
+        pool::pods(&self.world, &self.namespace, POOL).await
+    }
+
+    /// The pods' API.
+    pub fn pod_api(&self) -> Api<Pod> {
+        Api::namespaced(self.world.client.clone(), &self.namespace)
+    }
+
+    /// Registrations of a pool's runners.
+    ///
+    /// # Errors
+    /// With the forge's answer.
+    pub fn registrations(&self, of: &RunnerPool) -> Result<Vec<Runner>> {
+        pool::registrations(&self.world.forge, &self.organization.name, of)
+    }
+
+    /// The pool's status.
+    ///
+    /// # Errors
+    /// With the API server's answer.
+    pub async fn status(&self) -> Result<RunnerPoolStatus> {
+        let found = pool::pools(&self.world, &self.namespace).get_opt(POOL).await?;
+        Ok(found.and_then(|pool| pool.status).unwrap_or_default())
+    }
+
+    /// Waits until the pool tells of a job that waits for this reason.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub async fn waits_because(&self, id: i64, reason: &str) -> Result<String> {
+        eventually(format!("job {id} told to wait because of {reason}"), PATIENCE, || async {
+            let told = self.status().await?.waiting_jobs;
+            let found = told.into_iter().find(|job| job.job.ends_with(&format!("#{id}")) && job.reason == reason);
+            Ok(found.map(|job| job.message))
+        })
+        .await
+    }
+
+    /// Waits until a warning event about the pool has this reason; returns its text.
+    ///
+    /// # Errors
+    /// When none comes.
+    pub async fn event(&self, reason: &str) -> Result<String> {
+        let events: Api<Event> = Api::namespaced(self.world.client.clone(), &self.namespace);
+        eventually(format!("event {reason}; failure: {:?}", self.status().await?.last_failure), PATIENCE, || async {
+            let found = events.list(&ListParams::default()).await?;
+            Ok(found.items.into_iter().find(|event| event.reason.as_deref() == Some(reason)).map(|event| event.note.unwrap_or_default()))
+        })
+        .await
+    }
+
+    /// Waits until some pod satisfies `test`.
+    ///
+    /// # Errors
+    /// When none does.
+    pub async fn a_pod(&self, what: &str, test: impl Fn(&Pod) -> bool) -> Result<Pod> {
+        eventually(format!("a pod {what}"), PATIENCE, || async { Ok(self.pods().await?.into_iter().find(|pod| test(pod))) }).await
+    }
+
+    /// Waits until the pool has neither pods nor registrations.
+    ///
+    /// # Errors
+    /// When something stays.
+    pub async fn nothing_left(&self, of: &RunnerPool) -> Result<()> {
+        pool::nothing_left(&self.world, &self.organization.name, of).await
+    }
+
+    /// Takes everything away again.
+    ///
+    /// # Errors
+    /// When the pool does not go.
+    pub async fn strike(self) -> Result<()> {
+        pool::delete(&self.world, &self.namespace, POOL).await?;
+        Api::<Namespace>::all(self.world.client.clone()).delete(&self.namespace, &DeleteParams::background()).await?;
+        self.world.forge.delete_org(&self.organization.name)?;
+        self.world.forge.call("DELETE", &format!("/admin/users/{}?purge=true", self.organization.robot), None).context("the robot")?;
+        Ok(())
+    }
+}
+
+/// What a job said under a key: the rest of the line that begins with `key`. The log holds the script as well, whose lines begin
+/// otherwise.
+pub fn said<'a>(log: &'a str, key: &str) -> Option<&'a str> {
+    log.lines().filter_map(|line| line.split_once(' ')).find_map(|(_, text)| text.strip_prefix(key)).map(str::trim)
+}
+
+/// A workflow of one job with the label `linux` that runs `script`.
+pub fn workflow(on: &str, script: &str) -> String {
+    let job = json!({"on": on, "jobs": {"job": {"runs-on": "linux", "steps": [{"run": script}]}}});
+    // JSON is YAML.
+    job.to_string()
+}

@@ -1,0 +1,8 @@
+//! End-to-end tests, named by promise. They need a cluster that is up with the operator installed: `make test` sees to both.
+
+mod cleans_up;
+mod hides_secrets;
+mod refuses_input;
+mod refuses_jobs;
+mod runs_jobs;
+mod settles;

@@ -1,0 +1,235 @@
+//! Bad input gets a clear error at the earliest place that can see it.
+
+use anyhow::{Result, ensure};
+use hmac::{Hmac, Mac};
+use mayfly_e2e::install::webhook_url;
+use mayfly_e2e::pool;
+use mayfly_e2e::stage::{POOL, Stage, said, workflow};
+use mayfly_e2e::{World, forge::Organization};
+use serde_json::{Value, json};
+use sha2::Sha256;
+
+/// One change to a good pool, and what the API server says to it; an empty answer means that it is taken.
+fn cases() -> Vec<(&'static str, fn(&mut Value), &'static str)> {
+    fn gitea(pool: &mut Value) -> &mut Value {
+        &mut pool["spec"]["forge"]["gitea"]
+    }
+    vec![
+        ("nothing changed", |_| {}, ""),
+        ("no forge", |p| p["spec"]["forge"] = json!({}), "name exactly one forge"),
+        ("two forges", |p| p["spec"]["forge"]["github"] = json!({"url": "https://github.com/acme"}), "name exactly one forge"),
+        ("github alone", |p| p["spec"]["forge"] = json!({"github": {"url": "https://github.com/acme"}}), "not served by this version"),
+        ("no scope", |p| gitea(p)["scope"] = json!({}), "name exactly one scope"),
+        ("two scopes", |p| gitea(p)["scope"]["instance"] = json!({}), "name exactly one scope"),
+        ("instance scope", |p| gitea(p)["scope"] = json!({"instance": {}}), ""),
+        ("a repository that is a path", |p| gitea(p)["scope"] = json!({"repository": "a/b/../c"}), "spec.forge.gitea.scope.repository"),
+        ("an organization with a newline", |p| gitea(p)["scope"] = json!({"organization": "a\nb"}), "spec.forge.gitea.scope.organization"),
+        ("a url with a password", |p| gitea(p)["url"] = json!("https://u:p@git.example"), "spec.forge.gitea.url"),
+        ("a url of another kind", |p| gitea(p)["url"] = json!("file:///etc"), "spec.forge.gitea.url"),
+        ("no labels", |p| gitea(p)["labels"] = json!([]), "spec.forge.gitea.labels"),
+        ("a label with a colon", |p| gitea(p)["labels"] = json!(["linux:docker"]), "spec.forge.gitea.labels"),
+        ("a label with a quote", |p| gitea(p)["labels"] = json!(["li'nux"]), "spec.forge.gitea.labels"),
+        ("a label of 64 characters", |p| gitea(p)["labels"] = json!(["l".repeat(64)]), "spec.forge.gitea.labels"),
+        ("a label of 63 characters", |p| gitea(p)["labels"] = json!(["l".repeat(63)]), ""),
+        ("a max of 0", |p| p["spec"]["scale"] = json!({"max": 0}), "spec.scale.max"),
+        ("a max of 1001", |p| p["spec"]["scale"] = json!({"max": 1001}), "spec.scale.max"),
+        ("a max of 1", |p| p["spec"]["scale"] = json!({"max": 1}), ""),
+        ("more warm than max", |p| p["spec"]["scale"] = json!({"max": 1, "warm": 2}), "scale.warm cannot be more than scale.max"),
+        ("a negative warm", |p| p["spec"]["scale"] = json!({"warm": -1}), "spec.scale.warm"),
+        ("a deadline that is no time", |p| p["spec"]["deadlines"] = json!({"job": "soon"}), "spec.deadlines.job"),
+        ("a deadline in parts", |p| p["spec"]["deadlines"] = json!({"job": "1h30m"}), ""),
+        (
+            "a range that is none",
+            |p| p["spec"]["isolation"] = json!({"egress": {"allow": [{"cidr": "10.0.0.300/8", "ports": [443]}]}}),
+            "not an address range",
+        ),
+        (
+            "a range without ports",
+            |p| p["spec"]["isolation"] = json!({"egress": {"allow": [{"cidr": "203.0.113.0/24", "ports": []}]}}),
+            "ports",
+        ),
+        ("port 0", |p| p["spec"]["isolation"] = json!({"egress": {"allow": [{"cidr": "203.0.113.0/24", "ports": [0]}]}}), "ports"),
+        ("a range with ports", |p| p["spec"]["isolation"] = json!({"egress": {"allow": [{"cidr": "2001:db8::/48", "ports": [443]}]}}), ""),
+        ("an image with a space", |p| p["spec"]["runner"]["image"] = json!("busybox; rm -rf /"), "spec.runner.image"),
+        ("a variable of ours", |p| p["spec"]["runner"]["env"] = json!([{"name": "MAYFLY_REGISTRATION", "value": "x"}]), "Mayfly's own"),
+        ("a variable with an equals sign", |p| p["spec"]["runner"]["env"] = json!([{"name": "A=B", "value": "x"}]), "spec.runner.env"),
+        ("a variable", |p| p["spec"]["runner"]["env"] = json!([{"name": "A", "value": "b"}]), ""),
+        ("an unknown fork rule", |p| p["spec"]["jobs"] = json!({"forks": "Maybe"}), "spec.jobs.forks"),
+        ("an event with a space", |p| p["spec"]["jobs"] = json!({"events": ["pull request"]}), "spec.jobs.events"),
+        ("a name of 41 characters", |p| p["metadata"]["name"] = json!("n".repeat(41)), "at most 40 characters"),
+        ("a name of 40 characters", |p| p["metadata"]["name"] = json!("n".repeat(40)), ""),
+        ("a name with a dot", |p| p["metadata"]["name"] = json!("ci.linux"), "no dots"),
+        ("no secret name", |p| gitea(p)["tokenSecretRef"] = json!({"key": "token"}), "tokenSecretRef.name"),
+        ("a pod field that is none of ours", |p| p["spec"]["runner"]["hostNetwork"] = json!(true), "field not declared"),
+    ]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_api_server_tells_good_pools_from_bad_ones() -> Result<()> {
+    let world = World::connect().await?;
+    let organization = Organization { name: "acme".to_owned(), robot: String::new(), token: String::new(), webhook_secret: String::new() };
+    for (what, change, says) in cases() {
+        let manifest = pool::manifest(&world, "default", POOL, &organization, change);
+        let result = pool::validate(&world, &manifest).await?;
+        match (says, result) {
+            ("", Ok(())) => {}
+            ("", Err(why)) => anyhow::bail!("{what}: refused: {why}"),
+            (says, Ok(())) => anyhow::bail!("{what}: taken, and {says:?} was expected"),
+            (says, Err(why)) => ensure!(why.contains(says), "{what}: {why}"),
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn url_and_scope_cannot_change() -> Result<()> {
+    let stage = Stage::set("fixed").await?;
+    stage.unready_pool(|_| {}).await?;
+    let other = stage.unready_pool(|pool| pool["spec"]["forge"]["gitea"]["url"] = json!("http://other.mayfly.test")).await;
+    ensure!(other.is_err_and(|error| format!("{error:#}").contains("cannot be changed")));
+    let other = stage.unready_pool(|pool| pool["spec"]["forge"]["gitea"]["scope"] = json!({"organization": "other"})).await;
+    ensure!(other.is_err_and(|error| format!("{error:#}").contains("cannot be changed")));
+    stage.strike().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_wrong_with_the_forge_is_told() -> Result<()> {
+    let stage = Stage::set("told").await?;
+    let wrong = |pool: &mut Value, key: &str| pool["spec"]["forge"]["gitea"]["tokenSecretRef"]["key"] = json!(key);
+    // A wrong token: the webhook secret is text, but no token.
+    stage.unready_pool(|pool| wrong(pool, "webhook")).await?;
+    let (reason, message) = pool::condition(&stage.world, &stage.namespace, POOL, "ForgeReachable", "False").await?;
+    ensure!(reason == "Unauthorized" && !message.contains(&stage.organization.webhook_secret), "{reason}: {message}");
+    // It is mended by the right key.
+    stage.pool(|_| {}).await?;
+    stage.unready_pool(|pool| wrong(pool, "nothing")).await?;
+    let (reason, message) = pool::condition(&stage.world, &stage.namespace, POOL, "Ready", "False").await?;
+    ensure!(reason == "SecretNotFound" && message.contains("nothing"), "{reason}: {message}");
+    pool::delete(&stage.world, &stage.namespace, POOL).await?;
+
+    let nobody = json!({"organization": "no-such-organization"});
+    stage.unready_pool(|pool| pool["spec"]["forge"]["gitea"]["scope"] = nobody).await?;
+    let (reason, _) = pool::condition(&stage.world, &stage.namespace, POOL, "ForgeReachable", "False").await?;
+    assert_eq!(reason, "ScopeNotFound");
+    pool::delete(&stage.world, &stage.namespace, POOL).await?;
+
+    let nowhere = "http://forge.mayfly.test:3999";
+    pool::meant_for(&stage.world, &stage.organization, nowhere).await?;
+    stage.unready_pool(|pool| pool["spec"]["forge"]["gitea"]["url"] = json!(nowhere)).await?;
+    let (reason, message) = pool::condition(&stage.world, &stage.namespace, POOL, "ForgeReachable", "False").await?;
+    ensure!(reason == "Unreachable", "{reason}: {message}");
+    stage.strike().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_secret_goes_to_its_own_forge_and_to_pools_of_its_own_namespaces_only() -> Result<()> {
+    let (mine, theirs) = (Stage::set("mine").await?, Stage::set("theirs").await?);
+    // Another team's Secret, named by a pool of this namespace.
+    let secret = format!("forge-{}", theirs.organization.name);
+    mine.unready_pool(|pool| pool["spec"]["forge"]["gitea"]["tokenSecretRef"] = json!({"name": secret})).await?;
+    let (reason, message) = pool::condition(&mine.world, &mine.namespace, POOL, "Ready", "False").await?;
+    ensure!(reason == "SecretNotAllowed" && message.contains("mayfly.dev/pool-namespaces"), "{reason}: {message}");
+    pool::delete(&mine.world, &mine.namespace, POOL).await?;
+    // The own Secret, to be sent to somebody else's server.
+    mine.unready_pool(|pool| pool["spec"]["forge"]["gitea"]["url"] = json!("http://evil.mayfly.test")).await?;
+    let (reason, message) = pool::condition(&mine.world, &mine.namespace, POOL, "Ready", "False").await?;
+    ensure!(reason == "SecretNotAllowed" && message.contains("mayfly.dev/forge"), "{reason}: {message}");
+    pool::delete(&mine.world, &mine.namespace, POOL).await?;
+    // A Secret of the operator's own.
+    mine.unready_pool(|pool| pool["spec"]["forge"]["gitea"]["tokenSecretRef"] = json!({"name": "mayfly-gate-tls", "key": "tls.key"}))
+        .await?;
+    let (reason, _) = pool::condition(&mine.world, &mine.namespace, POOL, "Ready", "False").await?;
+    assert_eq!(reason, "SecretNotAllowed");
+    theirs.strike().await?;
+    mine.strike().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_range_that_covers_metadata_is_told_and_makes_no_pod() -> Result<()> {
+    let stage = Stage::set("range").await?;
+    let open = json!({"egress": {"allow": [{"cidr": "169.254.0.0/16", "ports": [80]}]}});
+    stage.unready_pool(|pool| pool["spec"]["isolation"] = open).await?;
+    let (reason, message) = pool::condition(&stage.world, &stage.namespace, POOL, "Ready", "False").await?;
+    ensure!(reason == "NotPrepared" && message.contains("169.254.169.254"), "{reason}: {message}");
+    stage.push("app", &[("ci.yml", &workflow("push", "true"))], 1).await?;
+    tokio::time::sleep(std::time::Duration::from_secs(6)).await;
+    assert!(stage.pods().await?.is_empty());
+    stage.strike().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn webhooks_are_taken_only_when_signed_and_a_replay_does_no_harm() -> Result<()> {
+    let stage = Stage::set("hooks").await?;
+    let pool = stage.pool(|_| {}).await?;
+    let url = webhook_url(&stage.world.cluster, &stage.namespace, POOL)?;
+    let elsewhere = webhook_url(&stage.world.cluster, &stage.namespace, "no-such-pool")?;
+    let secret = stage.organization.webhook_secret.clone();
+    let body =
+        json!({"action": "completed", "workflow_job": {"id": 1}, "repository": {"full_name": format!("{}/app", stage.organization.name)}});
+    let body = body.to_string().into_bytes();
+    let good = sign(&secret, &body)?;
+
+    assert_eq!(deliver(&url, None, &body)?, 401);
+    assert_eq!(deliver(&url, Some("sha256=00"), &body)?, 401);
+    assert_eq!(deliver(&url, Some(&sign("another secret", &body)?), &body)?, 401);
+    assert_eq!(deliver(&url, Some(&sign("", &body)?), &body)?, 401);
+    assert_eq!(deliver(&url, Some(&good), b"{}")?, 401);
+    assert_eq!(deliver(&elsewhere, Some(&good), &body)?, 401);
+    assert_eq!(deliver(&url, Some(&sign(&secret, b"not json")?), b"not json")?, 400);
+    let hostile = json!({"repository": {"full_name": "../../etc/$(id)\n"}}).to_string().into_bytes();
+    assert_eq!(deliver(&url, Some(&sign(&secret, &hostile)?), &hostile)?, 400);
+    let huge = vec![b'a'; 10 << 20];
+    assert_eq!(deliver(&url, Some(&sign(&secret, &huge)?), &huge)?, 413);
+    for _ in 0..20 {
+        assert_eq!(deliver(&url, Some(&good), &body)?, 202);
+    }
+    // A replayed "completed" of a job that runs: the forge is asked, and the job goes on.
+    let jobs = stage.push("app", &[("ci.yml", &workflow("push", "sleep 5; echo whole"))], 1).await?;
+    stage.job_is("app", jobs[0].id, "in_progress").await?;
+    let lie = json!({"action": "completed", "workflow_job": {"id": jobs[0].id}, "repository": {"full_name": format!("{}/app", stage.organization.name)}});
+    let lie = lie.to_string().into_bytes();
+    assert_eq!(deliver(&url, Some(&sign(&secret, &lie)?), &lie)?, 202);
+    let log = stage.succeeds("app", jobs[0].id).await?;
+    ensure!(said(&log, "whole").is_some(), "{log}");
+    stage.nothing_left(&pool).await?;
+    stage.strike().await
+}
+
+fn sign(secret: &str, body: &[u8]) -> Result<String> {
+    let mut mac = Hmac::<Sha256>::new_from_slice(secret.as_bytes())?;
+    mac.update(body);
+    let digest = mac.finalize().into_bytes();
+    Ok(format!("sha256={}", digest.iter().map(|byte| format!("{byte:02x}")).collect::<String>()))
+}
+
+fn deliver(url: &str, signature: Option<&str>, body: &[u8]) -> Result<u16> {
+    let agent = ureq::Agent::config_builder().http_status_as_error(false).build().new_agent();
+    let mut request = agent.post(url).header("X-GitHub-Event", "workflow_job");
+    if let Some(signature) = signature {
+        request = request.header("X-Hub-Signature-256", signature);
+    }
+    match request.send(body) {
+        Ok(answer) => Ok(answer.status().as_u16()),
+        // The server answers before it has read ten megabytes and closes; whoever still writes sees a broken pipe.
+        Err(ureq::Error::Io(_)) if body.len() > (1 << 20) => Ok(413),
+        Err(error) => Err(error.into()),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hostile_names_do_no_harm() -> Result<()> {
+    let stage = Stage::set("names").await?;
+    let pool = stage.pool(|_| {}).await?;
+    stage.hook()?;
+    let name = format!("'\"; $(touch /tmp/x) `id` ${{{{ 1 }}}} \n---\n{{{{a}}}}: [{}", "n".repeat(300));
+    let text = json!({"name": name, "on": "push", "jobs": {"job": {"name": name, "runs-on": "linux", "steps": [{"name": name, "run": "echo fine"}]}}});
+    let branch = "we'ird;$(id)&branch";
+    stage.forge.create_repo(&stage.organization.name, "app.git-1_x", false)?;
+    stage.forge.put_file(&stage.organization.name, "app.git-1_x", branch, ".gitea/workflows/ci.yml", text.to_string().as_bytes(), &name)?;
+    let job =
+        mayfly_e2e::wait::eventually("the job", mayfly_e2e::stage::PATIENCE, || async { Ok(stage.jobs("app.git-1_x")?.pop()) }).await?;
+    let log = stage.succeeds("app.git-1_x", job.id).await?;
+    ensure!(said(&log, "fine").is_some(), "{log}");
+    stage.nothing_left(&pool).await?;
+    stage.strike().await
+}

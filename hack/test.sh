@@ -1,0 +1,38 @@
+#!/bin/bash
+# Runs every test against the cluster that is up: unit tests, the demo, end-to-end tests.
+# Usage: hack/test.sh FOLDER-OF-BUILT-PROGRAMS [FILTER]      (a filter narrows the end-to-end tests and skips the rest)
+# JUnit results go to target/junit/*.xml; the last line is "N passed, N failed".
+set -uo pipefail
+cd "$(dirname "$0")/.."
+bin=$1 filter=${2:-}
+junit=target/junit
+rm -rf "$junit"; mkdir -p "$junit"
+passed=0 failed=0 began=$SECONDS
+
+# suite NAME COMMAND..: runs libtest programs, shows their output, writes JUnit, counts.
+suite() {
+  local name=$1 log=$junit/$1.log start=$SECONDS; shift
+  printf '\n== %s (at %s s)\n' "$name" $((SECONDS - began))
+  "$@" 2>&1 | tee "$log"
+  local status=${PIPESTATUS[0]} counts
+  counts=$(awk -v suite="$name" -v seconds=$((SECONDS - start)) -v status="$status" -f hack/junit.awk -v out="$junit/$name.xml" "$log")
+  passed=$((passed + ${counts% *})) failed=$((failed + ${counts#* }))
+  printf '== %s: %s passed, %s failed, %s s\n' "$name" "${counts% *}" "${counts#* }" $((SECONDS - start))
+}
+
+# single NAME COMMAND..: one program that passes or fails as a whole.
+single() {
+  local name=$1; shift
+  run_single() {
+    if "$@"; then echo "test $name ... ok"; else echo "test $name ... FAILED"; return 1; fi
+  }
+  suite "$name" run_single "$@"
+}
+
+if [ -z "$filter" ]; then
+  suite unit cargo test --release --workspace --no-fail-fast -- --skip e2e:: || true
+fi
+single demo "$bin/demo"
+suite e2e cargo test --release --workspace --test e2e -- --include-ignored --test-threads=4 $filter
+printf '\n%s passed, %s failed\n' "$passed" "$failed"
+[ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]
