@@ -30,7 +30,7 @@ single() {
 }
 
 if [ -z "$filter" ]; then
-  suite unit cargo test --release --workspace --no-fail-fast -- --skip e2e:: || true
+  suite unit cargo test --release --workspace --no-fail-fast --lib --bins --test reasons --test reference --test rooms
 fi
 single demo "$bin/demo"
 suite e2e cargo test --release --workspace --test e2e -- --include-ignored --test-threads=4 $filter

@@ -67,6 +67,8 @@ async fn a_killed_runner_leaves_nothing_and_is_told() -> Result<()> {
     let told = stage.event("Error").await?;
     ensure!(told.contains("exit code 137"), "{told}");
     stage.nothing_left(&pool).await?;
+    // The forge was told: the job does not hang until the forge grows suspicious.
+    assert_eq!(stage.job_is("app", jobs[0].id, "completed").await?.conclusion, "failure");
     stage.strike().await
 }
 
@@ -145,7 +147,7 @@ async fn a_job_past_its_deadline_loses_its_pod_and_is_told() -> Result<()> {
     let told = stage.event("JobDeadlineExceeded").await?;
     ensure!(told.contains(&format!("#{job}")), "{told}");
     stage.nothing_left(&pool).await?;
-    // The runner was given the time to say so: the job does not hang at the forge.
+    // The forge was told: the job does not hang.
     stage.job_is("app", job, "completed").await?;
     stage.strike().await
 }

@@ -96,7 +96,7 @@ async fn a_refused_job_that_took_the_runner_of_an_accepted_one_loses_it_at_once(
     stage.succeeds("app", good.id).await?;
     let log = stage.forge.job_log(&stage.organization.name, "app", bad).unwrap_or_default();
     ensure!(said(&log, "finished").is_none(), "the refused job went on to its end:\n{log}");
-    // It does not hang at the forge: its runner was left the time to say that it is cancelled.
+    // The forge was told: the job does not hang until the forge grows suspicious.
     stage.job_is("app", bad, "completed").await?;
     stage.nothing_left(&pool).await?;
     stage.strike().await

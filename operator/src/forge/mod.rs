@@ -41,6 +41,10 @@ pub(crate) trait Forge: Send + Sync + fmt::Debug {
     /// Keeps a registered runner from taking a job from now on. A job it has taken goes on.
     async fn pause(&self, runner: &RunnerKey) -> Result<Removal, ForgeError>;
 
+    /// Says in the runner's name that the job it had is lost, so that the job ends now and not when the forge grows suspicious. A job
+    /// that is over already is a success ([`Removal::Gone`]).
+    async fn give_up(&self, job: &Job, credential: &Secret) -> Result<Removal, ForgeError>;
+
     /// Removes a registration. A runner that is not there is a success ([`Removal::Gone`]).
     async fn deregister(&self, runner: &RunnerKey) -> Result<Removal, ForgeError>;
 }
@@ -170,6 +174,8 @@ pub(crate) struct Registration {
     pub(crate) key: RunnerKey,
     /// What the runner program reads at its start. Worth one job; held in memory and handed over once.
     pub(crate) hand_over: Secret,
+    /// With which [`Forge::give_up`] speaks in the runner's name.
+    pub(crate) credential: Secret,
 }
 
 /// Outcome of a removal.

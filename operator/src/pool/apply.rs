@@ -21,7 +21,7 @@ use super::gather::{Observed, Unmarked};
 use super::plan::{Deletion, Plan};
 use super::registry::{PoolHandle, Spawned};
 use super::validate::Pool;
-use crate::forge::{Forge, ForgeError, Removal, RunnerKey};
+use crate::forge::{Forge, ForgeError, Job, Removal, RunnerKey, Secret};
 use crate::isolation::{ForgeAddress, network_policies};
 use crate::runner::{Reason, runner_pod};
 
@@ -125,7 +125,7 @@ pub(super) async fn apply(
     let pauses = each(plan.pause.iter().map(|name| pause(ctx, pool, handle, forge, name)).collect());
     futures::join!(deletions, creations, marks, pauses);
     for orphan in &observed.orphans {
-        deregister_later(ctx, pool, forge, orphan.clone());
+        deregister_later(ctx, pool, forge, orphan.key.clone(), orphan.lost.clone());
     }
 }
 
@@ -171,7 +171,7 @@ async fn delete(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>, forge
     drop(state);
     match registered {
         Some(runner) if deletion.deregister && !runner.done => match forge {
-            Some(forge) => deregister_later(ctx, pool, forge, runner.key),
+            Some(forge) => deregister_later(ctx, pool, forge, runner.key, None),
             None => handle.state().next_sweep = None,
         },
         Some(_) => {}
@@ -259,10 +259,17 @@ async fn pause(ctx: &Context, pool: &Pool, handle: &PoolHandle, forge: &Arc<dyn 
     }
 }
 
-/// Removes a registration without keeping anybody waiting; what fails for good is left to the sweep.
-pub(super) fn deregister_later(ctx: &Arc<Context>, pool: &Pool, forge: &Arc<dyn Forge>, runner: RunnerKey) {
+/// Removes a registration without keeping anybody waiting; what fails for good is left to the sweep. A job that the runner had is
+/// ended first, in its name: without the registration nobody could say that it is lost.
+fn deregister_later(ctx: &Arc<Context>, pool: &Pool, forge: &Arc<dyn Forge>, runner: RunnerKey, lost: Option<(Job, Secret)>) {
     let (forge, pool, ctx) = (forge.clone(), pool.key.clone(), ctx.clone());
     ctx.clone().tasks.spawn(async move {
+        if let Some((job, credential)) = lost {
+            match forge.give_up(&job, &credential).await {
+                Ok(_) => tracing::info!(%pool, job = %job.key, "told the forge that the job lost its runner"),
+                Err(error) => tracing::warn!(%pool, job = %job.key, %error, "the forge was not told that the job lost its runner"),
+            }
+        }
         for attempt in 0..DEREGISTER_TRIES {
             match forge.deregister(&runner).await {
                 Ok(_) => return ctx.metrics.deregistered("ok"),

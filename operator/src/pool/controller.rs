@@ -41,6 +41,8 @@ const POLL_BUSY: Duration = Duration::from_secs(2);
 const RETRY: Duration = Duration::from_secs(5);
 /// A pool that is deleted is not held back longer by a forge that does not answer.
 const FINALIZER_DEADLINE: SignedDuration = SignedDuration::from_secs(60);
+/// Nor by a Secret that is missing: it is often deleted together with the pool.
+const FINALIZER_DEADLINE_SECRET: SignedDuration = SignedDuration::from_secs(5);
 
 /// Everything a pass needs.
 pub(crate) struct Context {
@@ -294,12 +296,15 @@ async fn clean_up(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error
         return Err(Error::StillThere(format!("{} pod(s)", pods.len())));
     }
     let since = meta.deletion_timestamp.as_ref().map_or_else(|| ctx.now(), |time| time.0);
-    let overdue = ctx.now().duration_since(since) > FINALIZER_DEADLINE;
     if let Err(error) = remove_registrations(guarded, ctx, &key, &uid).await {
-        if !overdue {
+        let deadline = match error {
+            gather::GatherError::Forge(_) => FINALIZER_DEADLINE,
+            gather::GatherError::Secret(_) | gather::GatherError::NotAllowed(_) => FINALIZER_DEADLINE_SECRET,
+        };
+        if ctx.now().duration_since(since) < deadline {
             return Err(Error::StillThere(format!("registrations: {error}")));
         }
-        tracing::warn!(pool = %key, error, "the pool goes although the forge may still have registrations of its runners");
+        tracing::warn!(pool = %key, %error, "the pool goes although the forge may still have registrations of its runners");
         let reference = guarded.object_ref(&());
         let note =
             format!("the forge may still have registrations of this pool's runners, which are worthless without their pods: {error}");
@@ -309,17 +314,17 @@ async fn clean_up(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error
     Ok(Action::await_change())
 }
 
-async fn remove_registrations(guarded: &Guarded, ctx: &Context, key: &PoolKey, uid: &str) -> Result<(), String> {
+async fn remove_registrations(guarded: &Guarded, ctx: &Context, key: &PoolKey, uid: &str) -> Result<(), gather::GatherError> {
     let handle = ctx.registry.open(key, uid);
     // A pool that never made sense never registered anything.
     let Some(pool) = guarded.0.as_ref().ok().and_then(|pool| validate(pool).ok()) else { return Ok(()) };
     let known = handle.state().link.as_ref().map(|link| link.forge.clone());
     let forge = match gather::link(ctx, &pool, &handle) {
         Ok(forge) => forge,
-        Err(error) => known.ok_or_else(|| error.to_string())?,
+        Err(error) => known.ok_or(error)?,
     };
-    for runner in gather::runners_of_pool(&forge, uid).await.map_err(|error| error.to_string())? {
-        forge.deregister(&runner.key).await.map_err(|error| error.to_string())?;
+    for runner in gather::runners_of_pool(&forge, uid).await? {
+        forge.deregister(&runner.key).await?;
     }
     Ok(())
 }

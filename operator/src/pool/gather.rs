@@ -44,9 +44,16 @@ pub(super) struct Observed {
     /// Pods that do not say yet which job they have.
     pub(super) unmarked: Vec<Unmarked>,
     /// Registrations whose pods are gone.
-    pub(super) orphans: Vec<RunnerKey>,
+    pub(super) orphans: Vec<Orphan>,
     /// Older pools that may accept some of the same jobs.
     pub(super) overlaps: Vec<String>,
+}
+
+/// A registration whose pod is gone, with the job it had and the means to say that this job is lost.
+#[derive(Debug)]
+pub(super) struct Orphan {
+    pub(super) key: RunnerKey,
+    pub(super) lost: Option<(Job, Secret)>,
 }
 
 /// A pod that does not say yet which job it has.
@@ -141,8 +148,16 @@ async fn adopt(ctx: &Context, pool: &Pool, handle: &PoolHandle, forge: &Arc<dyn 
         own_pods(ctx, pool).into_iter().filter(|pod| phase(pod) != Phase::Leaving).map(|pod| (pod.name_any(), pod)).collect();
     for runner in runners_of_pool(forge, &pool.uid).await? {
         if living.contains_key(&runner.name) {
-            let found =
-                Registered { key: runner.key, meant_for: None, since: ctx.now(), job: None, paused: None, done: false, lost: false };
+            let found = Registered {
+                key: runner.key,
+                meant_for: None,
+                since: ctx.now(),
+                job: None,
+                paused: None,
+                done: false,
+                lost: false,
+                credential: None,
+            };
             handle.state().registered.insert(runner.name, found);
         } else {
             forge.deregister(&runner.key).await?;
@@ -341,9 +356,11 @@ fn pods(ctx: &Context, pool: &Pool, handle: &PoolHandle, refusals: &BTreeMap<Job
         }
         exists(name) || lag || spawned.registering.is_some()
     });
+    let running = &state.running;
     state.registered.retain(|name, runner| {
         if !exists(name) && !runner.done {
-            observed.orphans.push(runner.key.clone());
+            let job = runner.job.as_ref().and_then(|(key, _)| running.get(key).cloned());
+            observed.orphans.push(Orphan { key: runner.key.clone(), lost: job.zip(runner.credential.clone()) });
         }
         exists(name)
     });

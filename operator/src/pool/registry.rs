@@ -79,6 +79,8 @@ pub(crate) struct Registered {
     pub(crate) done: bool,
     /// The registration did not arrive at the pod.
     pub(crate) lost: bool,
+    /// With which the forge can be told that the runner is lost; known only to the process that registered it.
+    pub(crate) credential: Option<Secret>,
 }
 
 /// The forge of a pool, with the inputs it was made from.
@@ -207,10 +209,11 @@ impl PoolHandle {
     }
 
     /// The registration was made.
-    pub(crate) fn registered(&self, pod: &str, key: RunnerKey, now: Timestamp) {
+    pub(crate) fn registered(&self, pod: &str, key: RunnerKey, credential: Secret, now: Timestamp) {
         let mut state = self.state();
         let meant_for = state.spawned.remove(pod).and_then(|spawned| spawned.registering);
-        let runner = Registered { key, meant_for, since: now, job: None, paused: None, done: false, lost: false };
+        let runner =
+            Registered { key, meant_for, since: now, job: None, paused: None, done: false, lost: false, credential: Some(credential) };
         state.registered.insert(pod.to_owned(), runner);
         state.start_failures = 0;
         state.not_before = None;
@@ -313,7 +316,7 @@ mod tests {
         owe(&handle, 2);
         assert_eq!(handle.take_job("pod", "pod-uid", now, second).await, Ok(job.clone()));
         assert!(matches!(handle.take_job("pod", "pod-uid", now, second).await, Err(NoJob::Never(_))));
-        handle.registered("pod", RunnerKey { repository: job.key.repository.clone(), id: 9 }, now);
+        handle.registered("pod", RunnerKey { repository: job.key.repository.clone(), id: 9 }, Secret::new("u t"), now);
         assert!(matches!(handle.take_job("pod", "pod-uid", now, second).await, Err(NoJob::Never(_))));
     }
 

@@ -97,7 +97,7 @@ async fn hand_over(api: &GateApi, headers: &HeaderMap) -> Result<Response, Refus
             }
         };
         tracing::info!(pool = %handle.key, pod = name, job = %job.key, runner = registration.key.id, "registered a runner");
-        handle.registered(&name, registration.key, ctx.now());
+        handle.registered(&name, registration.key, registration.credential, ctx.now());
         Ok(registration.hand_over)
     });
     let secret = task.await.map_err(|_| Refusal(StatusCode::GONE, "the registration was interrupted"))??;

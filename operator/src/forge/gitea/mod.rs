@@ -195,8 +195,9 @@ impl Forge for Gitea {
             ));
         }
         let key = RunnerKey { repository: repository.clone(), id: runner.id };
+        let credential = Secret::new(runner.credential());
         let hand_over = wire::RunnerFile::new(&self.base, name, labels, &runner).to_json();
-        Ok(Registration { key, hand_over: Secret::new(hand_over) })
+        Ok(Registration { key, hand_over: Secret::new(hand_over), credential })
     }
 
     async fn runners(&self, repository: &Repository) -> Result<Vec<RegisteredRunner>, ForgeError> {
@@ -228,6 +229,23 @@ impl Forge for Gitea {
         let body = wire::EditRunner { disabled: true };
         let answer = self.send(Method::PATCH, &path, "the pause of a runner", Some(&body), Some(&self.token)).await;
         done_or_gone(answer)
+    }
+
+    async fn give_up(&self, job: &Job, credential: &Secret) -> Result<Removal, ForgeError> {
+        let path = format!("/repos/{}/actions/tasks", job.key.repository);
+        let tasks =
+            self.pages(&path, "tasks of the repository", JOB_PAGES, |list: wire::Tasks| (list.workflow_runs, list.total_count)).await?;
+        let (uuid, token) = credential.reveal().split_once(' ').unwrap_or_default();
+        let url = format!("{}/api/actions/runner.v1.RunnerService/UpdateTask", self.base);
+        // The API does not say which task a job is; the server says whose it is: it takes a runner's word for its own task only.
+        for task in tasks.iter().filter(|task| task.may_be(job)) {
+            let request = self.http.post(&url).header("x-runner-uuid", uuid).header("x-runner-token", token);
+            let answer = request.json(&wire::LostTask::new(task.id)).send().await.map_err(unreachable)?;
+            if answer.status().is_success() {
+                return Ok(Removal::Done);
+            }
+        }
+        Ok(Removal::Gone)
     }
 
     async fn deregister(&self, runner: &RunnerKey) -> Result<Removal, ForgeError> {

@@ -165,6 +165,57 @@ pub(super) struct NewRunner {
     pub(super) ephemeral: bool,
 }
 
+impl NewRunner {
+    /// UUID and token, with which the runner speaks to the server.
+    pub(super) fn credential(&self) -> String {
+        format!("{} {}", self.uuid, self.token)
+    }
+}
+
+#[derive(Deserialize)]
+pub(super) struct Tasks {
+    #[serde(default)]
+    pub(super) workflow_runs: Vec<Task>,
+    pub(super) total_count: Option<usize>,
+}
+
+/// A runner's attempt at a job.
+#[derive(Deserialize)]
+pub(super) struct Task {
+    pub(super) id: u64,
+    #[serde(default)]
+    status: String,
+    #[serde(default)]
+    url: String,
+}
+
+impl Task {
+    /// Whether this may be the attempt at `job` that runs.
+    pub(super) fn may_be(&self, job: &forge::Job) -> bool {
+        self.status == "running" && self.url.rsplit_once("/actions/runs/").is_some_and(|(_, run)| run == job.run.to_string())
+    }
+}
+
+/// `UpdateTaskRequest`: the task is over, and it failed.
+#[derive(Serialize)]
+pub(super) struct LostTask {
+    state: LostState,
+}
+
+#[derive(Serialize)]
+struct LostState {
+    id: String,
+    result: &'static str,
+    #[serde(rename = "stoppedAt")]
+    stopped_at: String,
+}
+
+impl LostTask {
+    pub(super) fn new(id: u64) -> Self {
+        Self { state: LostState { id: id.to_string(), result: "RESULT_FAILURE", stopped_at: jiff::Timestamp::now().to_string() } }
+    }
+}
+
 /// protobuf's JSON writes 64-bit numbers as strings.
 fn number_or_text<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
     #[derive(Deserialize)]
