@@ -1,10 +1,11 @@
 //! A stage for one test: an organization, a namespace and a pool of its own, so that tests run side by side.
 
 use std::collections::BTreeSet;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use k8s_openapi::api::core::v1::{Namespace, Pod};
+use k8s_openapi::api::core::v1::{Namespace, Pod, Secret};
 use k8s_openapi::api::events::v1::Event;
 use kube::Api;
 use kube::api::{DeleteParams, ListParams};
@@ -13,9 +14,11 @@ use mayfly_cluster::command::random_hex;
 use mayfly_cluster::forge::{Job, Runner, Scope};
 use mayfly_crds::{RunnerPool, RunnerPoolStatus};
 use serde_json::{Value, json};
+use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 
 use crate::forge::Organization;
 use crate::wait::eventually;
+use crate::world::SYSTEM;
 use crate::{World, install, pool};
 
 /// Longest time a step of a job's life may take in a test, on a busy machine.
@@ -33,6 +36,16 @@ pub struct Stage {
     pub forge: Forge,
     /// The namespace, named as the organization.
     pub namespace: String,
+    /// Held while the test runs: tests run side by side, but for those that disturb what all share.
+    _turn: Turn,
+}
+
+/// The operator is shared: whoever restarts it does so alone.
+static OPERATOR: LazyLock<Arc<RwLock<()>>> = LazyLock::new(Arc::default);
+
+enum Turn {
+    Shared { _guard: OwnedRwLockReadGuard<()> },
+    Alone { _guard: OwnedRwLockWriteGuard<()> },
 }
 
 impl Stage {
@@ -41,12 +54,26 @@ impl Stage {
     /// # Errors
     /// When the cluster is not up or the operator not installed.
     pub async fn set(name: &str) -> Result<Self> {
+        let turn = Turn::Shared { _guard: OPERATOR.clone().read_owned().await };
+        Self::set_in(name, turn).await
+    }
+
+    /// Sets a stage for a test that restarts the operator: no other test of this program runs meanwhile.
+    ///
+    /// # Errors
+    /// When the cluster is not up or the operator not installed.
+    pub async fn set_alone(name: &str) -> Result<Self> {
+        let turn = Turn::Alone { _guard: OPERATOR.clone().write_owned().await };
+        Self::set_in(name, turn).await
+    }
+
+    async fn set_in(name: &str, turn: Turn) -> Result<Self> {
         let world = World::connect().await?;
         let name = format!("t-{name}-{}", random_hex(3)?);
         let organization = Organization::create(&world, &name)?;
         pool::namespace(&world, &name).await?;
         pool::secret(&world, &organization, &name).await?;
-        Ok(Self { forge: organization.client(&world), world, organization, namespace: name })
+        Ok(Self { forge: organization.client(&world), world, organization, namespace: name, _turn: turn })
     }
 
     /// Applies the stage's pool, changed by `change`, and waits until it is ready.
@@ -216,6 +243,13 @@ impl Stage {
     pub async fn strike(self) -> Result<()> {
         pool::delete(&self.world, &self.namespace, POOL).await?;
         Api::<Namespace>::all(self.world.client.clone()).delete(&self.namespace, &DeleteParams::background()).await?;
+        let secrets: Api<Secret> = Api::namespaced(self.world.client.clone(), SYSTEM);
+        for secret in secrets.list_metadata(&ListParams::default()).await?.items {
+            let name = secret.metadata.name.unwrap_or_default();
+            if name.starts_with(&format!("forge-{}", self.organization.name)) {
+                secrets.delete(&name, &DeleteParams::default()).await?;
+            }
+        }
         self.world.forge.delete_org(&self.organization.name)?;
         self.world.forge.call("DELETE", &format!("/admin/users/{}?purge=true", self.organization.robot), None).context("the robot")?;
         Ok(())

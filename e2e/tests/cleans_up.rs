@@ -209,7 +209,7 @@ fn register(stage: &Stage, owner: &str, name: &str) -> Result<()> {
 /// Every test of this file that restarts the operator: one, as the others share it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restarted_operator_goes_on_where_the_old_one_was() -> Result<()> {
-    let stage = Stage::set("restart").await?;
+    let stage = Stage::set_alone("restart").await?;
     let pool = stage.pool(|_| {}).await?;
     stage.hook()?;
     let jobs = stage.push("app", &[("ci.yml", &workflow("push", "sleep 15"))], 1).await?;

@@ -123,9 +123,12 @@ async fn what_is_wrong_with_the_forge_is_told() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_secret_goes_to_its_own_forge_and_to_pools_of_its_own_namespaces_only() -> Result<()> {
-    let (mine, theirs) = (Stage::set("mine").await?, Stage::set("theirs").await?);
+    let mine = Stage::set("mine").await?;
+    // A Secret as another team would have it: for its own namespace.
+    let theirs = Organization { name: format!("{}-other", mine.organization.name), ..mine.organization.clone() };
+    pool::secret(&mine.world, &theirs, "another-team").await?;
     // Another team's Secret, named by a pool of this namespace.
-    let secret = format!("forge-{}", theirs.organization.name);
+    let secret = format!("forge-{}", theirs.name);
     mine.unready_pool(|pool| pool["spec"]["forge"]["gitea"]["tokenSecretRef"] = json!({"name": secret})).await?;
     let (reason, message) = pool::condition(&mine.world, &mine.namespace, POOL, "Ready", "False").await?;
     ensure!(reason == "SecretNotAllowed" && message.contains("mayfly.dev/pool-namespaces"), "{reason}: {message}");
@@ -140,7 +143,6 @@ async fn a_secret_goes_to_its_own_forge_and_to_pools_of_its_own_namespaces_only(
         .await?;
     let (reason, _) = pool::condition(&mine.world, &mine.namespace, POOL, "Ready", "False").await?;
     assert_eq!(reason, "SecretNotAllowed");
-    theirs.strike().await?;
     mine.strike().await
 }
 

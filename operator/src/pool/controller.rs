@@ -26,6 +26,7 @@ use super::registry::{PoolHandle, PoolKey, Pools};
 use super::status::{self, Outcome, UserNamespaces, status};
 use super::validate::{Pool, validate};
 use crate::cli::Settings;
+use crate::forge::ForgeError;
 use crate::gc;
 use crate::kube_io::KubeIo;
 use crate::runtime::metrics::Metrics;
@@ -103,9 +104,12 @@ pub(crate) enum Error {
     /// A cluster write failed.
     #[error(transparent)]
     Write(#[from] crate::kube_io::WriteError),
-    /// The pool is going, and something of it is still there.
+    /// The pool is going, and something of it in the cluster is still there.
     #[error("still there: {0}")]
-    StillThere(String),
+    PodsLeft(String),
+    /// The pool is going, and the forge cannot be asked for its registrations.
+    #[error("registrations: {0}")]
+    RegistrationsLeft(gather::GatherError),
 }
 
 /// Runs until `stop`. `wakes` are pools to look at soon.
@@ -134,8 +138,8 @@ fn on_error(pool: &Guarded, error: &Error, ctx: &Context) -> Action {
     ctx.metrics.pass("failed");
     tracing::warn!(pool = %key_of(pool), %error, "a pass failed; it is repeated");
     Action::requeue(match error {
-        Error::StillThere(_) => Duration::from_millis(500),
-        _ => RETRY,
+        Error::PodsLeft(_) => Duration::from_millis(500),
+        Error::Finalizer(_) | Error::Write(_) | Error::RegistrationsLeft(_) => RETRY,
     })
 }
 
@@ -209,6 +213,14 @@ async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
 async fn tidy_blind(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>) {
     let observed = gather::gather_blind(ctx, pool, handle);
     let plan = plan_blind(&input(ctx, pool, handle, &observed));
+    {
+        let mut state = handle.state();
+        // Nothing is registered until the forge was seen again, and what lost its pod meanwhile is left to a sweep then.
+        state.owed.clear();
+        if !observed.orphans.is_empty() {
+            state.next_sweep = None;
+        }
+    }
     apply::apply_blind(ctx, pool, handle, &plan).await;
 }
 
@@ -288,12 +300,12 @@ async fn clean_up(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error
     };
     handle.jobs_changed();
     if registering > 0 {
-        return Err(Error::StillThere(format!("{registering} registration(s) being made")));
+        return Err(Error::PodsLeft(format!("{registering} registration(s) being made")));
     }
     let own = |pod: &Pod| pod.owner_references().iter().any(|owner| owner.uid == uid);
     let pods: Vec<Arc<Pod>> = ctx.pods.state().into_iter().filter(|pod| own(pod)).collect();
     if !apply::delete_all(ctx, &key.namespace, &pods).await {
-        return Err(Error::StillThere(format!("{} pod(s)", pods.len())));
+        return Err(Error::PodsLeft(format!("{} pod(s)", pods.len())));
     }
     let since = meta.deletion_timestamp.as_ref().map_or_else(|| ctx.now(), |time| time.0);
     if let Err(error) = remove_registrations(guarded, ctx, &key, &uid).await {
@@ -302,7 +314,7 @@ async fn clean_up(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error
             gather::GatherError::Secret(_) | gather::GatherError::NotAllowed(_) => FINALIZER_DEADLINE_SECRET,
         };
         if ctx.now().duration_since(since) < deadline {
-            return Err(Error::StillThere(format!("registrations: {error}")));
+            return Err(Error::RegistrationsLeft(error));
         }
         tracing::warn!(pool = %key, %error, "the pool goes although the forge may still have registrations of its runners");
         let reference = guarded.object_ref(&());
@@ -323,7 +335,12 @@ async fn remove_registrations(guarded: &Guarded, ctx: &Context, key: &PoolKey, u
         Ok(forge) => forge,
         Err(error) => known.ok_or(error)?,
     };
-    for runner in gather::runners_of_pool(&forge, uid).await? {
+    let runners = match gather::runners_of_pool(&forge, uid).await {
+        // The organization or repository is gone, and with it every registration in it.
+        Err(ForgeError::NotFound { .. }) => return Ok(()),
+        other => other?,
+    };
+    for runner in runners {
         forge.deregister(&runner.key).await?;
     }
     Ok(())
