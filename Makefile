@@ -8,7 +8,7 @@ CARGO := cargo
 # Everything is built with one profile and for the whole workspace at once, so that demo, tests and benchmarks share every object.
 BUILD := $(CARGO) build --release --workspace
 
-.PHONY: demo test bench lint generate check-generated up down status clean help
+.PHONY: demo test bench lint generate up down status clean help
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -43,7 +43,7 @@ down: $(BIN)/cluster ## Stop the test cluster and remove it
 status: $(BIN)/cluster ## Show the test cluster's health
 	@$(BIN)/cluster status
 
-lint: ## Format, clippy, chart
+lint: ## Format and clippy
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
 

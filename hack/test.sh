@@ -1,6 +1,6 @@
 #!/bin/bash
 # Runs every test against the cluster that is up: unit tests, the demo, end-to-end tests.
-# Usage: hack/test.sh FOLDER-OF-BUILT-PROGRAMS [FILTER]      (a filter narrows the end-to-end tests and skips the rest)
+# Usage: hack/test.sh FOLDER-OF-BUILT-PROGRAMS [FILTER]      (with a filter: the demo, which installs, and the end-to-end tests that fit)
 # JUnit results go to target/junit/*.xml; the last line is "N passed, N failed".
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -31,6 +31,9 @@ single() {
 
 if [ -z "$filter" ]; then
   suite unit cargo test --release --workspace --no-fail-fast --lib --bins --test reasons --test reference --test rooms
+fi
+if [ -z "$filter" ] && "$bin/cluster" build helm; then
+  single generated hack/generate.sh --check "$bin/mayfly" "$("$bin/cluster" path helm)"
 fi
 single demo "$bin/demo"
 suite e2e cargo test --release --workspace --test e2e -- --include-ignored --test-threads=4 $filter

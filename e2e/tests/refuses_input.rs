@@ -9,8 +9,10 @@ use mayfly_e2e::{World, forge::Organization};
 use serde_json::{Value, json};
 use sha2::Sha256;
 
-/// One change to a good pool, and what the API server says to it; an empty answer means that it is taken.
-fn cases() -> Vec<(&'static str, fn(&mut Value), &'static str)> {
+/// What is changed in a good pool, how, and what the API server says to it; an empty answer means that it is taken.
+type Case = (&'static str, fn(&mut Value), &'static str);
+
+fn cases() -> Vec<Case> {
     fn gitea(pool: &mut Value) -> &mut Value {
         &mut pool["spec"]["forge"]["gitea"]
     }

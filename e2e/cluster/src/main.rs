@@ -69,6 +69,11 @@ enum Verb {
     },
     /// Print shell commands that point kubectl, helm and the tests at the cluster: `eval "$(cluster env)"`.
     Env,
+    /// Print where the program of a built part is, such as helm.
+    Path {
+        /// The part.
+        part: String,
+    },
     /// Import images into the node.
     Load {
         /// Files that `docker save` or `cluster image` wrote.
@@ -151,6 +156,10 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Verb::Status { output } => return status(&layout, output, &mut out),
         Verb::Logs { part, follow, lines } => return logs(&layout, part.as_deref(), follow, lines, &mut out),
         Verb::Env => environment(&cli.name, &mut out)?,
+        Verb::Path { part } => {
+            let folder = builder::part_folder(&Layout::new(&cli.name)?, &part)?;
+            writeln!(out, "{}", folder.join(&part).display())?;
+        }
         Verb::Load { archives } => {
             let cluster = Cluster::connect_to(&cli.name)?;
             for archive in archives {

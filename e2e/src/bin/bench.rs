@@ -106,7 +106,10 @@ async fn bench(arguments: &Arguments) -> Result<()> {
 
 /// When pods of the stage were first seen and when they were gone.
 #[derive(Clone, Default)]
-struct Times(Arc<Mutex<BTreeMap<String, (f64, Option<f64>)>>>);
+struct Times(Arc<Mutex<BTreeMap<String, Life>>>);
+
+/// First seen, and gone.
+type Life = (f64, Option<f64>);
 
 impl Times {
     async fn watch(stage: &Stage) -> Self {
@@ -216,7 +219,7 @@ async fn burst(stage: &Stage, served: &RunnerPool, figures: &mut Figures) -> Res
     let text = fs::read(&log)?;
     ensure!(text.len() as u64 >= before, "the audit log was rotated meanwhile: run the benchmark again");
     let calls = count_calls(&String::from_utf8_lossy(&text[usize::try_from(before)?..]));
-    let per_job = |kind: &str| calls.iter().filter(|((k, _), _)| k == kind).map(|(_, n)| f64::from(*n)).sum::<f64>() / BURST as f64;
+    let per_job = |kind: &str| calls.iter().filter(|((k, _), _)| k == kind).map(|(_, n)| f64::from(*n)).sum::<f64>().abs() / BURST as f64;
     figures.add("kube_writes_per_job", per_job("write"), "1/job");
     figures.add("kube_reads_per_job", per_job("read"), "1/job");
     for ((kind, what), n) in &calls {

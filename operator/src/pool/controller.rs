@@ -259,7 +259,7 @@ fn next(ctx: &Context, pool: &Pool, handle: &PoolHandle, observed: &gather::Obse
     Action::requeue(wait)
 }
 
-/// Writes the status if it says something new. False where only numbers changed and it is too early to write them.
+/// Writes the status if it says something new. False where only numbers or waiting jobs changed and it is too early to write them.
 async fn report(
     ctx: &Context,
     handle: &PoolHandle,
@@ -278,7 +278,7 @@ async fn report(
     if new == *stored {
         return Ok(true);
     }
-    if early && !status::differs_in_more_than_counts(&new, stored) {
+    if early && !status::differs_at_once(&new, stored) {
         return Ok(false);
     }
     let value = serde_json::to_value(&new).unwrap_or_default();

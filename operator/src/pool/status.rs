@@ -12,7 +12,7 @@ use super::validate::Pool;
 use crate::forge::ForgeError;
 use crate::runner::Phase;
 
-/// Numbers alone are not written more often than this.
+/// Numbers and waiting jobs are not written more often than this.
 pub(super) const COUNTS_EVERY: SignedDuration = SignedDuration::from_secs(5);
 
 /// Whether runner pods get a user namespace of their own.
@@ -163,7 +163,8 @@ fn counts(observed: &Observed, plan: &Plan) -> Counts {
     }
 }
 
-/// Whether two statuses differ in more than numbers.
-pub(super) fn differs_in_more_than_counts(a: &RunnerPoolStatus, b: &RunnerPoolStatus) -> bool {
-    RunnerPoolStatus { counts: Counts::default(), ..a.clone() } != RunnerPoolStatus { counts: Counts::default(), ..b.clone() }
+/// Whether two statuses differ in what must not wait: conditions and failures, not the numbers and lists that every job changes.
+pub(super) fn differs_at_once(a: &RunnerPoolStatus, b: &RunnerPoolStatus) -> bool {
+    let lasting = |status: &RunnerPoolStatus| RunnerPoolStatus { counts: Counts::default(), waiting_jobs: Vec::new(), ..status.clone() };
+    lasting(a) != lasting(b)
 }
