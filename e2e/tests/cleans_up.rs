@@ -1,7 +1,5 @@
 //! However a runner ends, nothing is left, and the reason is told.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{DeleteParams, EvictParams, ListParams};
@@ -226,7 +224,6 @@ async fn a_restarted_operator_goes_on_where_the_old_one_was() -> Result<()> {
     stage.nothing_left(&pool).await?;
     let again = stage.push("app", &[("again.yml", &workflow("push", "true"))], 1).await?;
     stage.succeeds("app", again[0].id).await?;
-    tokio::time::sleep(Duration::from_millis(100)).await;
     stage.nothing_left(&pool).await?;
     stage.strike().await
 }

@@ -49,7 +49,7 @@ pub(super) async fn prepare(ctx: &Context, pool: &Pool, handle: &PoolHandle) -> 
         *applied == digest
             && versions.iter().all(|(name, version)| {
                 let reference = ObjectRef::<NetworkPolicy>::new(name).within(&pool.key.namespace);
-                // One that the watch has not shown yet was applied a moment ago.
+                // One that the watch does not show may have been removed by somebody: applying it once too often does no harm.
                 ctx.policies.get(&reference).is_some_and(|seen| seen.resource_version().as_ref() == Some(version))
             })
     });

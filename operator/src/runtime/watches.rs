@@ -149,12 +149,11 @@ fn strip_pod(pod: &mut Pod) {
     pod.spec = None;
 }
 
-/// Of a node: whether it takes pods, what its runtime can do, and where it is.
+/// Of a node: whether it takes pods, and what its runtime can do.
 fn strip_node(node: &mut Node) {
     strip(node);
     node.metadata.annotations = None;
     if let Some(status) = &mut node.status {
-        *status =
-            NodeStatus { runtime_handlers: status.runtime_handlers.take(), addresses: status.addresses.take(), ..NodeStatus::default() };
+        *status = NodeStatus { runtime_handlers: status.runtime_handlers.take(), ..NodeStatus::default() };
     }
 }
