@@ -22,10 +22,11 @@ test: up-and-build ## Every test; JUnit results in target/junit, the last line i
 bench: up-and-build ## Figures, one a line as "name value unit", and in target/bench.json
 	@$(BIN)/bench
 
-# The cluster's parts are Go programs and take longest: they are built while cargo builds ours.
+# The cluster's parts are Go programs and take longest: they are built while cargo builds ours. Helm and the runner's image are what
+# demo, tests and benchmarks need besides.
 .PHONY: up-and-build
 up-and-build: $(BIN)/cluster
-	@$(BIN)/cluster up & up=$$!; \
+	@$(BIN)/cluster up --also helm,image-gitea-runner & up=$$!; \
 	  $(BUILD) --bins || { kill $$up; wait $$up; exit 1; }; \
 	  wait $$up
 

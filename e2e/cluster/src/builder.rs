@@ -84,6 +84,12 @@ impl Selection {
         Ok(Self(chosen))
     }
 
+    /// These, and the parts of these names too.
+    pub fn and(self, names: &[String]) -> Result<Self> {
+        let more = if names.is_empty() { Self(BTreeSet::new()) } else { Self::named(names)? };
+        Ok(Self(self.0.into_iter().chain(more.0).collect()))
+    }
+
     fn has(&self, name: &str) -> bool {
         self.0.contains(name)
     }
@@ -341,6 +347,9 @@ mod tests {
         let selection = Selection::named(&["image-gitea-runner".to_owned()]).unwrap();
         assert!(selection.has("gitea-runner") && selection.has("packages") && !selection.has("gitea"));
         assert_eq!(Selection::named(&[]).unwrap(), Selection::all());
+        let both = Selection::for_given().and(&["helm".to_owned()]).unwrap();
+        assert!(both.has("helm") && both.has("kubernetes") && !both.has("gitea"));
+        assert_eq!(Selection::for_given().and(&[]).unwrap(), Selection::for_given());
         let error = Selection::named(&["kubernets".to_owned()]).unwrap_err();
         assert!(error.to_string().contains("there are: packages, kubernetes,"), "{error}");
     }

@@ -64,7 +64,7 @@ impl Cluster {
     /// Brings the cluster up, or makes sure that it is.
     pub fn up(options: Options, progress: &Progress) -> Result<Self> {
         let name = default_name();
-        provider::up(&Layout::new(&name)?, options, progress)?;
+        provider::up(&Layout::new(&name)?, options, &[], progress)?;
         Self::connect_to(&name)
     }
 

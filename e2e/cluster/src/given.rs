@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
-use crate::builder::{self, Selection, part_folder};
+use crate::builder::part_folder;
 use crate::command::{run, write_private};
 use crate::control_plane::kubectl_with;
 use crate::engine::Engine;
@@ -22,7 +22,6 @@ pub(crate) fn up(layout: &Layout, progress: &Progress) -> Result<()> {
     let _lock = lock(layout)?;
     let kubeconfig =
         PathBuf::from(variable("KUBECONFIG")?).canonicalize().context("KUBECONFIG must name one file for MAYFLY_E2E_CLUSTER=kubeconfig")?;
-    builder::build(layout, &Selection::for_given(), progress)?;
     fs::create_dir_all(layout.at("bin"))?;
     link(&part_folder(layout, "kubernetes")?.join("kube"), &layout.bin("kubectl"))?;
     run(kubectl_with(layout, &kubeconfig).args(["get", "--raw=/readyz", "--request-timeout=15s"]))

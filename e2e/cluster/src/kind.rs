@@ -6,7 +6,7 @@
 
 use anyhow::{Context, Result, bail};
 
-use crate::builder::{self, Selection, part_folder};
+use crate::builder::part_folder;
 use crate::command::{command, output, run_logged};
 use crate::engine::Engine;
 use crate::forge::{self, Place};
@@ -18,7 +18,6 @@ use crate::provider::Provider;
 
 pub(crate) fn up(layout: &Layout, options: Options, progress: &Progress) -> Result<()> {
     let _lock = lock(layout)?;
-    builder::build(layout, &Selection::for_kind(options.forge), progress)?;
     std::fs::create_dir_all(layout.at("bin"))?;
     link(&part_folder(layout, "kubernetes")?.join("kube"), &layout.bin("kubectl"))?;
     link(&part_folder(layout, "kind")?.join("kind"), &layout.bin("kind"))?;

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::artefacts::go_part;
-use crate::builder::{self, Selection, part_folder};
+use crate::builder::{self, part_folder};
 use crate::command::{wait_for, write_file};
 use crate::control_plane as control;
 use crate::engine::Engine;
@@ -86,7 +86,7 @@ impl Saved {
     }
 }
 
-/// Brings the cluster up, or makes sure that it is. Ends when the node is ready, DNS answers, the engine is healthy and the forge
+/// Brings the cluster of built parts up, or makes sure that it is. Ends when the node is ready, DNS answers, the engine is healthy and the forge
 /// answers.
 pub fn up(layout: &Layout, options: Options, progress: &Progress) -> Result<()> {
     require_root()?;
@@ -99,8 +99,6 @@ pub fn up(layout: &Layout, options: Options, progress: &Progress) -> Result<()> 
         let (has, wanted) = (saved.engine.as_str(), options.engine.as_str());
         bail!("the cluster is up with engine {has}; run `cluster down` before `cluster up --engine {wanted}`");
     }
-    let selection = Selection::for_cluster(options.engine == Engine::Cilium, options.forge);
-    builder::build(layout, &selection, progress)?;
     if known.is_none() && has_traces(layout) {
         progress.note("found what a cluster left behind that is no more: cleaning up first");
         tear_down(layout, false, progress)?;

@@ -43,6 +43,9 @@ enum Verb {
         /// Start no forge.
         #[arg(long)]
         no_forge: bool,
+        /// Build these parts too, beside the cluster's own; `cluster build help-parts` lists them.
+        #[arg(long, value_name = "PART", value_delimiter = ',')]
+        also: Vec<String>,
     },
     /// Stop everything and remove all but the logs.
     Down {
@@ -151,7 +154,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
             builder::build(&layout, &Selection::named(&parts)?, &progress)?;
             progress.note(format!("everything is built ({})", seconds(began.elapsed())));
         }
-        Verb::Up { engine, no_forge } => provider::up(&layout, Options { engine, forge: !no_forge }, &progress)?,
+        Verb::Up { engine, no_forge, also } => provider::up(&layout, Options { engine, forge: !no_forge }, &also, &progress)?,
         Verb::Down { purge } => provider::down(&layout, purge, &progress)?,
         Verb::Status { output } => return status(&layout, output, &mut out),
         Verb::Logs { part, follow, lines } => return logs(&layout, part.as_deref(), follow, lines, &mut out),

@@ -5,11 +5,12 @@ use std::path::Path;
 use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::builder::{self, Selection};
 use crate::command::{command, succeeds};
 use crate::layout::Layout;
 use crate::local::{self, Options, Saved};
 use crate::progress::Progress;
-use crate::{given, kind};
+use crate::{Engine, given, kind};
 
 /// A way to get a cluster.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -47,8 +48,9 @@ impl Provider {
     }
 }
 
-/// Brings the cluster up, or makes sure that it is.
-pub fn up(layout: &Layout, options: Options, progress: &Progress) -> Result<()> {
+/// Brings the cluster up, or makes sure that it is. What is in `also` is built with the cluster's parts: on a fresh machine the
+/// downloads of one overlap with the compilation of another.
+pub fn up(layout: &Layout, options: Options, also: &[String], progress: &Progress) -> Result<()> {
     let chosen = Provider::chosen()?;
     if let Some(saved) = Saved::read(layout)
         && saved.provider != chosen
@@ -61,6 +63,12 @@ pub fn up(layout: &Layout, options: Options, progress: &Progress) -> Result<()> 
             layout.name()
         );
     }
+    let needed = match chosen {
+        Provider::Local => Selection::for_cluster(options.engine == Engine::Cilium, options.forge),
+        Provider::Kind => Selection::for_kind(options.forge),
+        Provider::Kubeconfig => Selection::for_given(),
+    };
+    builder::build(layout, &needed.and(also)?, progress)?;
     match chosen {
         Provider::Local => local::up(layout, options, progress),
         Provider::Kind => kind::up(layout, options, progress),
