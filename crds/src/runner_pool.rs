@@ -85,9 +85,10 @@ pub struct Gitea {
     pub scope: GiteaScope,
     /// Where the operator finds the access token: a Secret in the operator's namespace, never in the pool's.
     /// The token needs `write:organization` and `write:repository` (organization scope), `write:repository` (repository
-    /// scope) or `write:admin` and `write:repository` (instance scope).
+    /// scope) or `write:admin` and `write:repository` (instance scope). The Secret says itself who may use it, in its annotations
+    /// `mayfly.dev/forge` (this URL) and `mayfly.dev/pool-namespaces` (this pool's namespace, or a pattern of it).
     pub token_secret_ref: SecretKeyRef,
-    /// Secret of the `workflow_job` webhook, in the operator's namespace. Without it the pool polls only.
+    /// Secret of the `workflow_job` webhook, in the operator's namespace and with the same annotations. Without it the pool polls only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub webhook_secret_ref: Option<SecretKeyRef>,
     /// Labels of this pool's runners: a job is served if all its `runs-on` labels are among them.
@@ -214,6 +215,10 @@ pub struct Runner {
     /// `Always`, `IfNotPresent` (the default) or `Never`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_pull_policy: Option<ImagePullPolicy>,
+    /// Secrets in the pool's namespace with which the kubelet pulls the pod's images. Jobs cannot read them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 8))]
+    pub image_pull_secrets: Vec<ImagePullSecret>,
     /// Entry point; default is the image's. It waits for the registration at `$MAYFLY_REGISTRATION` (see docs/runner-images.md).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64), inner(length(max = 1024)))]
@@ -252,6 +257,14 @@ pub enum ImagePullPolicy {
     IfNotPresent,
     /// Never: the image is on the node.
     Never,
+}
+
+/// A Secret of type `kubernetes.io/dockerconfigjson`.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+pub struct ImagePullSecret {
+    /// Name of the Secret.
+    #[schemars(length(min = 1, max = 253), regex(pattern = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"))]
+    pub name: String,
 }
 
 impl ImagePullPolicy {

@@ -40,12 +40,17 @@ pub struct Stage {
     _turn: Turn,
 }
 
-/// The operator is shared: whoever restarts it does so alone.
+/// The operator and its CRDs are shared: whoever disturbs them does so alone.
 static OPERATOR: LazyLock<Arc<RwLock<()>>> = LazyLock::new(Arc::default);
 
 enum Turn {
     Shared { _guard: OwnedRwLockReadGuard<()> },
     Alone { _guard: OwnedRwLockWriteGuard<()> },
+}
+
+/// Waits until nobody disturbs what all share. For a test without a stage; the turn ends when it is dropped.
+pub async fn turn() -> OwnedRwLockReadGuard<()> {
+    OPERATOR.clone().read_owned().await
 }
 
 impl Stage {
@@ -54,11 +59,11 @@ impl Stage {
     /// # Errors
     /// When the cluster is not up or the operator not installed.
     pub async fn set(name: &str) -> Result<Self> {
-        let turn = Turn::Shared { _guard: OPERATOR.clone().read_owned().await };
+        let turn = Turn::Shared { _guard: turn().await };
         Self::set_in(name, turn).await
     }
 
-    /// Sets a stage for a test that restarts the operator: no other test of this program runs meanwhile.
+    /// Sets a stage for a test that disturbs what all share, the operator or its CRDs: no other test of this program runs meanwhile.
     ///
     /// # Errors
     /// When the cluster is not up or the operator not installed.

@@ -1,10 +1,19 @@
 //! Bad input gets a clear error at the earliest place that can see it.
 
-use anyhow::{Result, ensure};
+use std::io::Write;
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
 use hmac::{Hmac, Mac};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, PostParams};
+use kube::{CustomResourceExt, ResourceExt};
+use mayfly_crds::RunnerPool;
 use mayfly_e2e::install::webhook_url;
 use mayfly_e2e::pool;
-use mayfly_e2e::stage::{POOL, Stage, said, workflow};
+use mayfly_e2e::stage::{self, PATIENCE, POOL, Stage, said, workflow};
+use mayfly_e2e::wait::eventually;
 use mayfly_e2e::{World, forge::Organization};
 use serde_json::{Value, json};
 use sha2::Sha256;
@@ -68,6 +77,7 @@ fn cases() -> Vec<Case> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_api_server_tells_good_pools_from_bad_ones() -> Result<()> {
+    let _turn = stage::turn().await;
     let world = World::connect().await?;
     let organization = Organization { name: "acme".to_owned(), robot: String::new(), token: String::new(), webhook_secret: String::new() };
     for (what, change, says) in cases() {
@@ -80,6 +90,58 @@ async fn the_api_server_tells_good_pools_from_bad_ones() -> Result<()> {
             (says, Err(why)) => ensure!(why.contains(says), "{what}: {why}"),
         }
     }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pool_written_past_validation_is_told_so_and_harms_nobody() -> Result<()> {
+    let stage = Stage::set_alone("past").await?;
+    let pool = stage.pool(|_| {}).await?;
+    stage.hook()?;
+    let resource = ApiResource::erase::<RunnerPool>(&());
+    let untyped: Api<DynamicObject> = Api::namespaced_with(stage.world.client.clone(), &stage.namespace, &resource);
+    let malformed: DynamicObject = serde_json::from_value(json!({
+        "apiVersion": resource.api_version, "kind": resource.kind, "metadata": {"name": "past"},
+        "spec": {"forge": {"gitea": "everything"}, "scale": {"max": "many"}},
+    }))?;
+    ensure!(untyped.create(&PostParams::default(), &malformed).await.is_err(), "the API server took it");
+    let crds: Api<CustomResourceDefinition> = Api::all(stage.world.client.clone());
+    let strict = crds.get(RunnerPool::crd_name()).await?;
+    set_schema(&crds, &strict, json!({"type": "object", "x-kubernetes-preserve-unknown-fields": true})).await?;
+    let written = eventually("the pool written past validation", PATIENCE, || async {
+        Ok(Some(untyped.create(&PostParams::default(), &malformed).await?))
+    })
+    .await;
+    let schema = strict.spec.versions.first().and_then(|version| version.schema.as_ref()?.open_api_v3_schema.clone());
+    set_schema(&crds, &strict, serde_json::to_value(schema.context("the CRD's schema")?)?).await?;
+    written?;
+
+    let told = eventually("the pool told what it is", PATIENCE, || async {
+        let conditions = untyped.get("past").await?.data["status"]["conditions"].clone();
+        Ok(conditions.as_array().into_iter().flatten().find(|condition| condition["type"] == "Ready").cloned())
+    })
+    .await?;
+    ensure!(told["status"] == "False" && told["reason"] == "InvalidSpec", "{told}");
+    ensure!(told["message"].as_str().is_some_and(|message| message.starts_with("the object cannot be read: ")), "{told}");
+    // The other pool, read by the same watch, goes on.
+    let jobs = stage.push("app", &[("ci.yml", &workflow("push", "true"))], 1).await?;
+    stage.succeeds("app", jobs[0].id).await?;
+    stage.nothing_left(&pool).await?;
+    // And it can be deleted like any other.
+    untyped.delete("past", &DeleteParams::default()).await?;
+    eventually("the malformed pool gone", PATIENCE, || async { Ok(untyped.get_opt("past").await?.is_none().then_some(())) }).await?;
+    stage.strike().await
+}
+
+/// Gives the CRD another schema in the name of who owns it, so that its owner finds nothing of a stranger's in it.
+async fn set_schema(crds: &Api<CustomResourceDefinition>, crd: &CustomResourceDefinition, schema: Value) -> Result<()> {
+    let owner = crd.managed_fields().iter().find(|fields| fields.operation.as_deref() == Some("Apply"));
+    let owner = owner.and_then(|fields| fields.manager.as_deref()).unwrap_or("helm");
+    let mut changed = serde_json::to_value(crd)?;
+    changed["spec"]["versions"][0]["schema"]["openAPIV3Schema"] = schema;
+    let wanted = json!({"apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
+        "metadata": {"name": crd.name_any(), "labels": crd.labels(), "annotations": crd.annotations()}, "spec": changed["spec"]});
+    crds.patch(&crd.name_any(), &PatchParams::apply(owner).force(), &Patch::Apply(&wanted)).await?;
     Ok(())
 }
 
@@ -187,6 +249,13 @@ async fn webhooks_are_taken_only_when_signed_and_a_replay_does_no_harm() -> Resu
     for _ in 0..20 {
         assert_eq!(deliver(&url, Some(&good), &body)?, 202);
     }
+    // Whoever says half a request, or promises a body that does not come, is not waited for.
+    let half = "POST / HTTP/1.1\r\nHost: a\r\n";
+    let promise = format!("POST {} HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{{", path_of(&url)?);
+    for begun in [half, promise.as_str()] {
+        let waited = dropped_after(&url, begun)?;
+        ensure!(waited < Duration::from_secs(20), "{begun:?} was waited for: {waited:?}");
+    }
     // A replayed "completed" of a job that runs: the forge is asked, and the job goes on.
     let jobs = stage.push("app", &[("ci.yml", &workflow("push", "sleep 5; echo whole"))], 1).await?;
     stage.job_is("app", jobs[0].id, "in_progress").await?;
@@ -197,6 +266,24 @@ async fn webhooks_are_taken_only_when_signed_and_a_replay_does_no_harm() -> Resu
     ensure!(said(&log, "whole").is_some(), "{log}");
     stage.nothing_left(&pool).await?;
     stage.strike().await
+}
+
+fn path_of(url: &str) -> Result<&str> {
+    let (_, rest) = url.split_once("://").context("a URL")?;
+    rest.find('/').map(|slash| &rest[slash..]).context("a path")
+}
+
+/// Sends the beginning of a request and waits until the server ends the connection.
+fn dropped_after(url: &str, begun: &str) -> Result<Duration> {
+    let (_, rest) = url.split_once("://").context("a URL")?;
+    let host = rest.split('/').next().unwrap_or_default();
+    let address = if host.contains(':') { host.to_owned() } else { format!("{host}:80") };
+    let mut connection = TcpStream::connect(address)?;
+    connection.set_read_timeout(Some(Duration::from_secs(30)))?;
+    connection.write_all(begun.as_bytes())?;
+    let began = Instant::now();
+    std::io::copy(&mut connection, &mut std::io::sink())?;
+    Ok(began.elapsed())
 }
 
 fn sign(secret: &str, body: &[u8]) -> Result<String> {
@@ -230,8 +317,7 @@ async fn hostile_names_do_no_harm() -> Result<()> {
     let branch = "we'ird;$(id)&branch";
     stage.forge.create_repo(&stage.organization.name, "app.git-1_x", false)?;
     stage.forge.put_file(&stage.organization.name, "app.git-1_x", branch, ".gitea/workflows/ci.yml", text.to_string().as_bytes(), &name)?;
-    let job =
-        mayfly_e2e::wait::eventually("the job", mayfly_e2e::stage::PATIENCE, || async { Ok(stage.jobs("app.git-1_x")?.pop()) }).await?;
+    let job = eventually("the job", PATIENCE, || async { Ok(stage.jobs("app.git-1_x")?.pop()) }).await?;
     let log = stage.succeeds("app.git-1_x", job.id).await?;
     ensure!(said(&log, "fine").is_some(), "{log}");
     stage.nothing_left(&pool).await?;

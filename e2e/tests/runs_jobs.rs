@@ -119,3 +119,25 @@ async fn a_repository_pool_serves_its_repository_alone() -> Result<()> {
     stage.nothing_left(&pool).await?;
     stage.strike().await
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_action_in_javascript_runs() -> Result<()> {
+    let stage = Stage::set("node").await?;
+    let pool = stage.pool(|_| {}).await?;
+    stage.hook()?;
+    let owner = &stage.organization.name;
+    stage.forge.create_repo(owner, "greet", false)?;
+    let action = json!({"name": "Greet", "description": "Greets", "inputs": {"whom": {"description": "Whom", "required": true}},
+        "runs": {"using": "node20", "main": "index.js"}})
+    .to_string();
+    let program = "console.log(`greeting=${process.env.INPUT_WHOM}`)";
+    let files: [(&str, &[u8]); 2] = [("action.yml", action.as_bytes()), ("index.js", program.as_bytes())];
+    stage.forge.put_files(owner, "greet", "main", &files, "Add the action")?;
+    let uses = format!("{}/{owner}/greet@main", stage.world.access.url);
+    let text = json!({"on": "push", "jobs": {"job": {"runs-on": "linux", "steps": [{"uses": uses, "with": {"whom": "world"}}]}}});
+    let jobs = stage.push("app", &[("ci.yml", &text.to_string())], 1).await?;
+    let log = stage.succeeds("app", jobs[0].id).await?;
+    assert_eq!(said(&log, "greeting="), Some("world"), "{log}");
+    stage.nothing_left(&pool).await?;
+    stage.strike().await
+}

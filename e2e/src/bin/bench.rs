@@ -11,12 +11,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use futures::{StreamExt, TryStreamExt};
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Pod, PodSpec};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{DeleteParams, LogParams, PostParams};
 use kube::runtime::watcher::{Config, Event, watcher};
 use kube::{Api, ResourceExt};
 use mayfly_cluster::{Cluster, Options, Progress};
 use mayfly_crds::RunnerPool;
+use mayfly_crds::names::RUNNER_CONTAINER;
 use mayfly_e2e::stage::{POOL, Stage};
 use mayfly_e2e::wait::eventually;
 use mayfly_e2e::world::{SYSTEM, repository};
@@ -91,11 +93,14 @@ async fn bench(arguments: &Arguments) -> Result<()> {
 
     let mut figures = Figures::default();
     let times = Times::watch(&stage).await;
-    let image = format!("{}/gitea-runner:dev", "mayfly.test");
-    let bare = bare_pods(&stage, &image).await?;
-    let bare = figures.spread("bare_pod_create_to_first_instruction", bare);
-    let first_step = one_by_one(&stage, &served, &times, &mut figures).await?;
-    figures.add("queue_to_first_step_over_bare_pod", first_step / bare, "ratio");
+    let shape = shape(&stage).await?;
+    stage.nothing_left(&served).await?;
+    let bare = pods(&stage, &times, "bare", &bare(&shape), &mut figures).await?;
+    let shaped = pods(&stage, &times, "shaped", &shape, &mut figures).await?;
+    let job = one_by_one(&stage, &served, &times, &mut figures).await?;
+    figures.add("queue_to_first_step_over_bare_pod", job.start / bare.start, "ratio");
+    figures.add("queue_to_first_step_over_shaped_pod", job.start / shaped.start, "ratio");
+    figures.add("job_end_to_pod_gone_over_shaped_pod", job.end / shaped.end, "ratio");
     burst(&stage, &served, &mut figures).await?;
     if !arguments.quick {
         memory(&stage, &mut figures).await?;
@@ -104,12 +109,22 @@ async fn bench(arguments: &Arguments) -> Result<()> {
     stage.strike().await
 }
 
-/// When pods of the stage were first seen and when they were gone.
+/// How long something took to begin and to go, in the middle, in seconds.
+struct Spans {
+    start: f64,
+    end: f64,
+}
+
+/// When pods of the stage were first seen, when their deletion was, and when they were gone.
 #[derive(Clone, Default)]
 struct Times(Arc<Mutex<BTreeMap<String, Life>>>);
 
-/// First seen, and gone.
-type Life = (f64, Option<f64>);
+#[derive(Clone, Copy)]
+struct Life {
+    seen: f64,
+    leaving: Option<f64>,
+    gone: Option<f64>,
+}
 
 impl Times {
     async fn watch(stage: &Stage) -> Self {
@@ -121,13 +136,27 @@ impl Times {
                 let now = now();
                 let mut all = seen.0.lock().await;
                 match event {
-                    Event::Apply(pod) | Event::InitApply(pod) => drop(all.entry(pod.name_any()).or_insert((now, None))),
-                    Event::Delete(pod) => drop(all.entry(pod.name_any()).and_modify(|times| times.1 = Some(now))),
+                    Event::Apply(pod) | Event::InitApply(pod) => {
+                        let life = all.entry(pod.name_any()).or_insert(Life { seen: now, leaving: None, gone: None });
+                        if pod.metadata.deletion_timestamp.is_some() {
+                            life.leaving.get_or_insert(now);
+                        }
+                    }
+                    Event::Delete(pod) => drop(all.entry(pod.name_any()).and_modify(|life| life.gone = Some(now))),
                     Event::Init | Event::InitDone => {}
                 }
             }
         });
         times
+    }
+
+    /// The life of a pod that is gone: of this name, or of the only one.
+    async fn over(&self, name: Option<&str>) -> Result<Life> {
+        eventually("the pod's end", Duration::from_secs(10), || async {
+            let all = self.0.lock().await;
+            Ok(all.iter().find(|(pod, life)| name.is_none_or(|name| name == *pod) && life.gone.is_some()).map(|(_, life)| *life))
+        })
+        .await
     }
 }
 
@@ -135,36 +164,60 @@ fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map(|time| time.as_secs_f64()).unwrap_or_default()
 }
 
-/// A pod of the runner's image that does nothing but tell the time: what the cluster needs for any pod at all.
-async fn bare_pods(stage: &Stage, image: &str) -> Result<Vec<f64>> {
+/// A runner pod's spec with another program in the runner's container, one that tells the time and waits for its end: what the cluster
+/// needs for a pod of this shape, whoever makes it.
+async fn shape(stage: &Stage) -> Result<PodSpec> {
+    let id = dispatch(stage)?;
+    let pod = stage.a_pod("to take the shape of", |pod| pod.spec.is_some()).await?;
+    stage.succeeds("app", id).await?;
+    let mut spec = pod.spec.context("a pod has a spec")?;
+    spec.node_name = None;
+    let runner = spec.containers.first_mut().context("a runner")?;
+    runner.command = Some(["bash", "-c", "date +%s.%N; trap 'exit 0' TERM; sleep 600 & wait"].map(str::to_owned).to_vec());
+    Ok(spec)
+}
+
+/// The same program in a pod of one container and nothing else.
+fn bare(shape: &PodSpec) -> PodSpec {
+    let mut bare = shape.clone();
+    bare.init_containers = None;
+    bare.volumes = None;
+    for container in &mut bare.containers {
+        container.volume_mounts = None;
+    }
+    bare
+}
+
+/// Pods one after another, without Mayfly: how long each takes to begin, and from its deletion until it is gone.
+async fn pods(stage: &Stage, times: &Times, kind: &str, spec: &PodSpec, figures: &mut Figures) -> Result<Spans> {
     let api = stage.pod_api();
-    let mut all = Vec::new();
+    let (mut start, mut end) = (Vec::new(), Vec::new());
     for n in 0..SINGLE {
-        let name = format!("bare-{n}");
-        let pod: Pod = serde_json::from_value(json!({
-        "metadata": {"name": name},
-        "spec": {
-            "restartPolicy": "Never", "automountServiceAccountToken": false, "terminationGracePeriodSeconds": 0, "hostUsers": false,
-            "securityContext": {"runAsNonRoot": true, "runAsUser": 1001, "seccompProfile": {"type": "RuntimeDefault"}},
-            "containers": [{"name": "bare", "image": image, "imagePullPolicy": "Never", "command": ["date", "+%s.%N"],
-                "securityContext": {"allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}}}],
-        }}))?;
+        let name = format!("{kind}-{n}");
+        let metadata = ObjectMeta { name: Some(name.clone()), ..ObjectMeta::default() };
+        let pod = Pod { metadata, spec: Some(spec.clone()), status: None };
         let began = now();
         api.create(&PostParams::default(), &pod).await?;
-        let log = eventually("the bare pod's word", Duration::from_secs(60), || async {
-            let log = api.logs(&name, &LogParams::default()).await?;
-            Ok(log.trim().parse::<f64>().ok())
+        let said = LogParams { container: Some(RUNNER_CONTAINER.to_owned()), ..LogParams::default() };
+        let log = eventually(format!("the word of pod {name}"), Duration::from_secs(60), || async {
+            Ok(api.logs(&name, &said).await?.trim().parse::<f64>().ok())
         })
         .await?;
-        all.push(log - began);
-        api.delete(&name, &DeleteParams::default().grace_period(0)).await?;
+        start.push(log - began);
+        let began = now();
+        api.delete(&name, &DeleteParams::default().grace_period(2)).await?;
+        end.push(times.over(Some(&name)).await?.gone.unwrap_or_default() - began);
     }
-    Ok(all)
+    Ok(Spans {
+        start: figures.spread(&format!("{kind}_pod_create_to_first_instruction"), start),
+        end: figures.spread(&format!("{kind}_pod_delete_to_gone"), end),
+    })
 }
 
 /// Jobs one after another: how long each part of a job's life takes when nothing else happens.
-async fn one_by_one(stage: &Stage, served: &RunnerPool, times: &Times, figures: &mut Figures) -> Result<f64> {
-    let (mut create, mut first, mut pod_gone, mut registration_gone) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+async fn one_by_one(stage: &Stage, served: &RunnerPool, times: &Times, figures: &mut Figures) -> Result<Spans> {
+    let (mut create, mut first) = (Vec::new(), Vec::new());
+    let (mut leaving, mut pod_gone, mut registration_gone) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..SINGLE {
         times.0.lock().await.clear();
         let began = now();
@@ -176,20 +229,20 @@ async fn one_by_one(stage: &Stage, served: &RunnerPool, times: &Times, figures: 
         .await?;
         stage.nothing_left(served).await?;
         let log = stage.forge.job_log(&stage.organization.name, "app", job.id)?;
-        let gone = eventually("the pod's end", Duration::from_secs(5), || async {
-            Ok(times.0.lock().await.values().find_map(|(seen, gone)| Some((*seen, (*gone)?))))
-        })
-        .await?;
-        create.push(gone.0 - began);
+        let life = times.over(None).await?;
+        let ended = stamp(&log, "last=")?;
+        create.push(life.seen - began);
         first.push(stamp(&log, "first=")? - began);
-        pod_gone.push(gone.1 - stamp(&log, "last=")?);
-        registration_gone.push(free - stamp(&log, "last=")?);
+        leaving.push(life.leaving.context("a pod is deleted before it is gone")? - ended);
+        pod_gone.push(life.gone.unwrap_or_default() - ended);
+        registration_gone.push(free - ended);
     }
     figures.spread("queue_to_pod_create", create);
-    let first_step = figures.spread("queue_to_first_step", first);
-    figures.spread("job_end_to_pod_gone", pod_gone);
+    let start = figures.spread("queue_to_first_step", first);
     figures.spread("job_end_to_registration_gone", registration_gone);
-    Ok(first_step)
+    figures.spread("job_end_to_pod_deletion", leaving);
+    let end = figures.spread("job_end_to_pod_gone", pod_gone);
+    Ok(Spans { start, end })
 }
 
 fn dispatch(stage: &Stage) -> Result<i64> {

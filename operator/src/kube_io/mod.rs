@@ -194,3 +194,8 @@ fn gone_is_fine<T>(result: Result<T, WriteError>) -> Result<(), WriteError> {
         Err(error) => Err(error),
     }
 }
+
+#[cfg(test)]
+pub(crate) mod scripted;
+#[cfg(test)]
+mod tests;

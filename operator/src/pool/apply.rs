@@ -156,12 +156,16 @@ async fn delete(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>, forge
         }
         state.spawned.remove(&deletion.name)
     };
-    if let Some(failure) = &deletion.failure {
-        note_failure(ctx, pool, handle, deletion, failure).await;
-    }
     if let Err(error) = ctx.io.delete_this::<Pod>(&pool.key.namespace, &deletion.name, &deletion.uid, Some(deletion.grace)).await {
         tracing::warn!(pool = %pool.key, pod = deletion.name, error = error.message(), "a pod could not be deleted; it is tried again");
+        if let Some(pod) = spawned {
+            // Still what it was: the next pass decides anew, and tells why.
+            handle.state().spawned.entry(deletion.name.clone()).or_insert(pod);
+        }
         return;
+    }
+    if let Some(failure) = &deletion.failure {
+        note_failure(ctx, pool, handle, deletion, failure).await;
     }
     ctx.metrics.pod_deleted(deletion.failure.as_ref().map_or("finished", |_| "failed"));
     let mut state = handle.state();

@@ -29,6 +29,7 @@ use crate::cli::Settings;
 use crate::forge::ForgeError;
 use crate::gc;
 use crate::kube_io::KubeIo;
+use crate::runner::{Phase, phase};
 use crate::runtime::metrics::Metrics;
 
 /// A RunnerPool that may be malformed.
@@ -177,6 +178,10 @@ async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
     let pool = match valid {
         Ok(pool) => pool,
         Err(why) => {
+            // Jobs that run go on; what is over goes. A pod's end wakes the pool.
+            let over: Vec<Arc<Pod>> =
+                pods_of(ctx, &handle.uid).into_iter().filter(|pod| matches!(phase(pod), Phase::Over { .. })).collect();
+            apply::delete_all(ctx, &handle.key.namespace, &over).await;
             report(ctx, &handle, None, meta.generation, &stored, &Outcome::Invalid(&why)).await?;
             return Ok(Action::await_change());
         }
@@ -302,8 +307,7 @@ async fn clean_up(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error
     if registering > 0 {
         return Err(Error::PodsLeft(format!("{registering} registration(s) being made")));
     }
-    let own = |pod: &Pod| pod.owner_references().iter().any(|owner| owner.uid == uid);
-    let pods: Vec<Arc<Pod>> = ctx.pods.state().into_iter().filter(|pod| own(pod)).collect();
+    let pods = pods_of(ctx, &uid);
     if !apply::delete_all(ctx, &key.namespace, &pods).await {
         return Err(Error::PodsLeft(format!("{} pod(s)", pods.len())));
     }
@@ -326,6 +330,12 @@ async fn clean_up(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error
     Ok(Action::await_change())
 }
 
+/// Pods of the pool with this UID, whatever its spec says.
+fn pods_of(ctx: &Context, uid: &str) -> Vec<Arc<Pod>> {
+    let own = |pod: &Pod| pod.owner_references().iter().any(|owner| owner.uid == uid);
+    ctx.pods.state().into_iter().filter(|pod| own(pod)).collect()
+}
+
 async fn remove_registrations(guarded: &Guarded, ctx: &Context, key: &PoolKey, uid: &str) -> Result<(), gather::GatherError> {
     let handle = ctx.registry.open(key, uid);
     // A pool that never made sense never registered anything.
@@ -345,3 +355,6 @@ async fn remove_registrations(guarded: &Guarded, ctx: &Context, key: &PoolKey, u
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,11 +1,14 @@
 //! Webhooks make a pass happen now instead of at the next poll. What a webhook says is looked up at the forge, never believed.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::Bytes;
-use axum::extract::{DefaultBodyLimit, Path, State};
+use axum::extract::{DefaultBodyLimit, Path, Request, State};
 use axum::http::{HeaderMap, StatusCode};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use tower::limit::GlobalConcurrencyLimitLayer;
 
@@ -17,6 +20,8 @@ use crate::forge::{JobKey, Repository};
 
 /// Deliveries looked at the same time: each may hold `MAX_BODY` bytes.
 const DELIVERIES: usize = 64;
+/// How long a delivery may take, its body included.
+const DELIVERY_TIME: Duration = Duration::from_secs(10);
 /// Most jobs remembered to be looked at; the next pass lists them all anyway.
 const HINTS_KEPT: usize = 1_000;
 
@@ -25,8 +30,15 @@ pub(crate) fn router(ctx: Arc<Context>) -> Router {
     Router::new()
         .route("/webhooks/gitea/{namespace}/{pool}", post(gitea))
         .layer(DefaultBodyLimit::max(MAX_BODY))
+        .layer(middleware::from_fn(in_time))
         .layer(GlobalConcurrencyLimitLayer::new(DELIVERIES))
         .with_state(ctx)
+}
+
+/// A delivery that does not arrive in time makes room for another.
+async fn in_time(request: Request, next: Next) -> Response {
+    let answer = tokio::time::timeout(DELIVERY_TIME, next.run(request)).await;
+    answer.unwrap_or_else(|_| StatusCode::REQUEST_TIMEOUT.into_response())
 }
 
 async fn gitea(

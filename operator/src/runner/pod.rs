@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{
-    Capabilities, Container, EmptyDirVolumeSource, EnvVar, Pod, PodSecurityContext, PodSpec, ProjectedVolumeSource, ResourceRequirements,
-    SeccompProfile, SecurityContext, ServiceAccountTokenProjection, Volume, VolumeMount, VolumeProjection,
+    Capabilities, Container, EmptyDirVolumeSource, EnvVar, LocalObjectReference, Pod, PodSecurityContext, PodSpec, ProjectedVolumeSource,
+    ResourceRequirements, SeccompProfile, SecurityContext, ServiceAccountTokenProjection, Volume, VolumeMount, VolumeProjection,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
@@ -90,6 +90,7 @@ pub(crate) fn runner_pod(
             }),
             init_containers: Some(vec![gate(settings)]),
             containers: vec![runner(spec, settings)],
+            image_pull_secrets: (!spec.runner.image_pull_secrets.is_empty()).then(|| pull_secrets(spec)),
             volumes: Some(volumes(spec)),
             ..PodSpec::default()
         }),
@@ -148,6 +149,10 @@ fn runner(spec: &RunnerPoolSpec, settings: &PodSettings) -> Container {
         volume_mounts: Some(vec![mount("handoff", HANDOFF_DIR, true), mount("home", "/home/runner", false), mount("tmp", "/tmp", false)]),
         ..Container::default()
     }
+}
+
+fn pull_secrets(spec: &RunnerPoolSpec) -> Vec<LocalObjectReference> {
+    spec.runner.image_pull_secrets.iter().map(|secret| LocalObjectReference { name: secret.name.clone() }).collect()
 }
 
 fn volumes(spec: &RunnerPoolSpec) -> Vec<Volume> {

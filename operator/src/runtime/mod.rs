@@ -13,6 +13,8 @@ use axum::Router;
 use axum_server::Handle;
 use axum_server::tls_rustls::RustlsConfig;
 use futures::future::BoxFuture;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
 use kube::Client;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
@@ -28,6 +30,8 @@ use crate::runner::{handoff, tls};
 
 /// How long open requests and passes may take to end.
 const GRACE: Duration = Duration::from_secs(8);
+/// How long a caller of any server may take to send its request's headers.
+const HEADERS: Duration = Duration::from_secs(10);
 
 /// Runs the controller until a signal comes or a part of it fails.
 pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
@@ -108,6 +112,11 @@ async fn end_signal() -> Result<()> {
     Ok(())
 }
 
+/// Whoever opens a connection has to say what it wants.
+fn hurry(http: &mut Builder<TokioExecutor>) {
+    http.http1().timer(TokioTimer::new()).header_read_timeout(HEADERS);
+}
+
 fn serve_plain(
     parts: &mut JoinSet<Result<&'static str>>,
     name: &'static str,
@@ -116,7 +125,9 @@ fn serve_plain(
     stop: &CancellationToken,
 ) {
     let handle = Handle::new();
-    let server = axum_server::bind(address).handle(handle.clone()).serve(router.into_make_service());
+    let mut server = axum_server::bind(address).handle(handle.clone());
+    hurry(server.http_builder());
+    let server = server.serve(router.into_make_service());
     serve(parts, name, address, handle, Box::pin(server), stop);
 }
 
@@ -129,7 +140,9 @@ fn serve_tls(
     stop: &CancellationToken,
 ) {
     let handle = Handle::new();
-    let server = axum_server::bind_rustls(address, tls).handle(handle.clone()).serve(router.into_make_service());
+    let mut server = axum_server::bind_rustls(address, tls).handle(handle.clone());
+    hurry(server.http_builder());
+    let server = server.serve(router.into_make_service());
     serve(parts, name, address, handle, Box::pin(server), stop);
 }
 

@@ -1,0 +1,140 @@
+//! A pass against an API server that answers by script: what a pass does when the cluster refuses, and what it does not do.
+
+use clap::Parser;
+use k8s_openapi::api::core::v1::Pod;
+use kube::runtime::reflector::{self, store::Writer};
+use serde_json::{Value, json};
+
+use super::*;
+use crate::cli::{Cli, Command};
+use crate::forge::gitea::Gitea;
+use crate::kube_io::scripted::{Answer, Server};
+use crate::pool::plan::Deletion;
+use crate::pool::registry::Spawned;
+use crate::runner::Reason;
+
+const FINALIZED: [&str; 1] = [FINALIZER_REGISTRATIONS];
+
+/// A pool whose spec no version of Mayfly can read.
+fn malformed(finalizers: &[&str]) -> Value {
+    json!({
+        "apiVersion": "mayfly.dev/v1alpha1", "kind": "RunnerPool",
+        "metadata": {"name": "ci", "namespace": "team", "uid": "u-1", "generation": 3, "finalizers": finalizers},
+        "spec": {"forge": {"gitea": "everything"}, "scale": {"max": "many"}},
+    })
+}
+
+fn guarded(pool: &Value) -> Arc<Guarded> {
+    Arc::new(serde_json::from_value(pool.clone()).expect("anything with metadata can be read"))
+}
+
+fn pod(name: &str, owner: &str, phase: &str) -> Pod {
+    let owner = json!({"apiVersion": "mayfly.dev/v1alpha1", "kind": "RunnerPool", "name": "ci", "uid": owner});
+    let pod = json!({"metadata": {"name": name, "namespace": "team", "uid": format!("uid-{name}"), "ownerReferences": [owner]},
+        "status": {"phase": phase}});
+    serde_json::from_value(pod).expect("a pod")
+}
+
+/// What a pass needs, with these pods in the cluster.
+fn context(server: &Server, pods: &[Pod]) -> Arc<Context> {
+    // The first test to come installs it.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let arguments = ["mayfly", "controller", "--namespace", "m", "--gate-image", "g", "--runner-image", "r"];
+    let Ok(Cli { command: Command::Controller(arguments) }) = Cli::try_parse_from(arguments) else { panic!("a command line") };
+    let mut writer: Writer<Pod> = Writer::default();
+    for pod in pods {
+        writer.apply_watcher_event(&watcher::Event::Apply(pod.clone()));
+    }
+    let metrics = Metrics::new();
+    Arc::new(Context {
+        settings: arguments.settings().expect("settings"),
+        io: KubeIo::new(server.client(), None, metrics.clone()),
+        http: Gitea::http_client(None).expect("a client"),
+        metrics,
+        registry: Arc::new(Pools::new().0),
+        pools: reflector::store().0,
+        pods: writer.as_reader(),
+        secrets: reflector::store().0,
+        policies: reflector::store().0,
+        nodes: reflector::store().0,
+        tasks: TaskTracker::new(),
+    })
+}
+
+fn what(server: &Server) -> Vec<String> {
+    server.calls().into_iter().map(|call| call.what).collect()
+}
+
+#[tokio::test]
+async fn a_malformed_pool_is_told_so_once_and_gets_nothing() {
+    let server = Server::new([Answer::Object(malformed(&FINALIZED))]);
+    let ctx = context(&server, &[]);
+    reconcile(guarded(&malformed(&FINALIZED)), ctx.clone()).await.expect("a pass");
+    let calls = server.calls();
+    assert_eq!(what(&server), ["PATCH /apis/mayfly.dev/v1alpha1/namespaces/team/runnerpools/ci/status"]);
+    let conditions = calls[0].body["status"]["conditions"].as_array().cloned().unwrap_or_default();
+    let ready = conditions.iter().find(|condition| condition["type"] == "Ready").expect("Ready");
+    assert_eq!((&ready["status"], &ready["reason"], &ready["observedGeneration"]), (&json!("False"), &json!("InvalidSpec"), &json!(3)));
+    let message = ready["message"].as_str().unwrap_or_default();
+    assert!(message.starts_with("the object cannot be read: "), "{message}");
+}
+
+#[tokio::test]
+async fn a_pool_that_became_malformed_keeps_its_jobs_and_loses_what_is_over() {
+    let server = Server::new([Answer::Object(json!({"kind": "Pod", "metadata": {}})), Answer::Object(malformed(&FINALIZED))]);
+    let ctx = context(&server, &[pod("busy", "u-1", "Running"), pod("over", "u-1", "Succeeded"), pod("other", "u-2", "Succeeded")]);
+    reconcile(guarded(&malformed(&FINALIZED)), ctx).await.expect("a pass");
+    assert_eq!(what(&server)[0], "DELETE /api/v1/namespaces/team/pods/over");
+    assert_eq!(server.calls().len(), 2, "{:?}", server.calls());
+}
+
+#[tokio::test]
+async fn without_its_finalizer_a_pool_is_not_served() {
+    let server = Server::new([Answer::Refusal(403, "Forbidden")]);
+    let error = reconcile(guarded(&malformed(&[])), context(&server, &[])).await.expect_err("refused");
+    assert!(matches!(error, Error::Finalizer(_)), "{error}");
+    assert_eq!(what(&server), ["PATCH /apis/mayfly.dev/v1alpha1/namespaces/team/runnerpools/ci"]);
+}
+
+#[tokio::test]
+async fn a_pool_that_goes_waits_for_its_pods_and_only_then_lets_its_finalizer_go() {
+    let mut pool = malformed(&FINALIZED);
+    pool["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+    let server = Server::new([Answer::Object(json!({"kind": "Pod", "metadata": {}}))]);
+    let error = reconcile(guarded(&pool), context(&server, &[pod("busy", "u-1", "Running")])).await.expect_err("a pod is left");
+    assert!(matches!(error, Error::PodsLeft(_)), "{error}");
+    assert_eq!(what(&server), ["DELETE /api/v1/namespaces/team/pods/busy"]);
+
+    let server = Server::new([Answer::Object(pool.clone())]);
+    reconcile(guarded(&pool), context(&server, &[pod("other", "u-2", "Running")])).await.expect("nothing is left");
+    assert_eq!(what(&server), ["PATCH /apis/mayfly.dev/v1alpha1/namespaces/team/runnerpools/ci"]);
+    assert!(server.calls()[0].body.to_string().contains("remove"), "{:?}", server.calls());
+}
+
+#[tokio::test]
+async fn a_deletion_the_api_server_refuses_is_not_told_as_done() {
+    let server = Server::new([Answer::Refusal(500, "InternalError")]);
+    let ctx = context(&server, &[]);
+    let gitea =
+        json!({"url": "https://git.example", "scope": {"organization": "acme"}, "tokenSecretRef": {"name": "t"}, "labels": ["linux"]});
+    let pool = crate::pool::validate::tests::runner_pool(&json!({"forge": {"gitea": gitea}}).to_string());
+    let pool = validate(&pool).expect("valid");
+    let handle = ctx.registry.open(&pool.key, &pool.uid);
+    let waits = Spawned { uid: "uid-p".to_owned(), created: ctx.now(), seen: true, asked: None, registering: None, burnt: None };
+    handle.state().spawned.insert("p".to_owned(), waits);
+    let deletion = Deletion {
+        name: "p".to_owned(),
+        uid: "uid-p".to_owned(),
+        grace: 1,
+        deregister: false,
+        unless_taken: false,
+        failure: Some(Reason::new("StartDeadlineExceeded", "late")),
+        start_failure: true,
+    };
+    let plan = Plan { delete: vec![deletion], ..Plan::default() };
+    apply::apply_blind(&ctx, &pool, &handle, &plan).await;
+    assert_eq!(what(&server), ["DELETE /api/v1/namespaces/team/pods/p"], "no event about what did not happen");
+    let state = handle.state();
+    assert!(state.spawned.contains_key("p"), "the pod is still ours");
+    assert_eq!((state.start_failures, state.last_failure.as_ref()), (0, None));
+}
