@@ -8,6 +8,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 pub const READY: &str = "Ready";
 /// The forge answered the last time it was asked, and the pool's token is good for what the pool needs.
 pub const FORGE_REACHABLE: &str = "ForgeReachable";
+/// What no job may reach was tried from runner pods, and is closed to them.
+pub const ISOLATION_PROVED: &str = "IsolationProved";
 /// Runner pods run in a user namespace of their own.
 pub const USER_NAMESPACES: &str = "UserNamespaces";
 /// Another pool accepts jobs that this pool accepts as well.
@@ -35,6 +37,12 @@ pub mod reasons {
     pub const UNEXPECTED_ANSWER: &str = "UnexpectedAnswer";
     /// Pods could not be started; the message says why.
     pub const PODS_FAIL: &str = "PodsFail";
+    /// No runner pod has proved its isolation since the pool was made.
+    pub const NO_PROOF_YET: &str = "NoProofYet";
+    /// Something that no job may reach answered a runner pod.
+    pub const ISOLATION_BREACH: &str = "IsolationBreach";
+    /// Whether a runner pod is isolated could not be shown.
+    pub const ISOLATION_UNPROVEN: &str = "IsolationUnproven";
     /// Some schedulable node cannot run pods in user namespaces.
     pub const NODES_LACK_SUPPORT: &str = "NodesLackSupport";
     /// Older pools are served first.

@@ -26,6 +26,8 @@ use serde::{Deserialize, Serialize};
     validation = Rule::new("size(self.metadata.name) <= 40 && !self.metadata.name.contains('.')")
         .message("a RunnerPool's name has at most 40 characters and no dots: runner pods are named after it"),
     printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type=='Ready')].status"),
+    printcolumn(name = "Isolated", type_ = "string", json_path = ".status.conditions[?(@.type=='IsolationProved')].status",
+        description = "Whether runner pods were shown to be isolated"),
     printcolumn(name = "Queued", type_ = "integer", json_path = ".status.counts.queued",
         description = "Jobs this pool accepts that wait for a runner"),
     printcolumn(name = "Starting", type_ = "integer", json_path = ".status.counts.starting",
@@ -310,9 +312,22 @@ pub struct Resources {
 #[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 pub struct Isolation {
+    /// What happens to a pod that is not shown to be isolated.
+    #[serde(default)]
+    pub enforcement: Enforcement,
     /// Connections out of the pod.
     #[serde(default)]
     pub egress: Egress,
+}
+
+/// What happens to a pod that is not shown to be isolated.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Enforcement {
+    /// It gets no registration, and so no job; one that has a job loses it.
+    #[default]
+    Require,
+    /// It runs jobs all the same; the condition `IsolationProved` and an event say so.
+    Warn,
 }
 
 /// Connections out of the pod.
@@ -384,7 +399,7 @@ pub struct RunnerPoolStatus {
     /// Generation of the spec that the rest speaks of; set only after a pass without errors.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// `Ready`, `ForgeReachable`, `UserNamespaces`, `Overlapping`.
+    /// `Ready`, `ForgeReachable`, `IsolationProved`, `UserNamespaces`, `Overlapping`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
@@ -394,6 +409,9 @@ pub struct RunnerPoolStatus {
     /// Numbers at the last pass.
     #[serde(default)]
     pub counts: Counts,
+    /// What the last runner pod on each node found of its isolation; up to fifty nodes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub isolation: Vec<NodeIsolation>,
     /// Up to ten jobs that wait, and why.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub waiting_jobs: Vec<WaitingJob>,
@@ -412,6 +430,33 @@ pub struct Counts {
     pub starting: u32,
     /// Runner pods with a job.
     pub running: u32,
+}
+
+/// What a runner pod found of its isolation.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeIsolation {
+    /// Name of the node.
+    pub node: String,
+    /// `Proved`, `Unproven` or `Breach`: the worst of the classes.
+    pub verdict: String,
+    /// Since when the classes are as they are here.
+    pub since: Time,
+    /// Verdict by class of address.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub classes: Vec<ClassIsolation>,
+}
+
+/// The verdict about one class of addresses.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct ClassIsolation {
+    /// `Metadata`, `Outside`, `Node`, `OtherNode`, `ApiServer`, `Pods` or `Services`; `Required` for what must be reachable.
+    pub class: String,
+    /// `Proved`, `Unproven` or `Breach`.
+    pub verdict: String,
+    /// What it rests on.
+    pub message: String,
 }
 
 /// A job that waits, and why.

@@ -56,7 +56,12 @@ async fn the_operator_has_the_permissions_it_uses_and_no_other() -> Result<()> {
 
     let made = calls(&stage, &account)?;
     let mut rules = BTreeSet::new();
-    for role in [&["clusterrole", "mayfly-controller"][..], &["-n", SYSTEM, "role", "mayfly-controller"]] {
+    let roles = [
+        &["clusterrole", "mayfly-controller"][..],
+        &["-n", SYSTEM, "role", "mayfly-controller"],
+        &["-n", "default", "role", "mayfly-controller-api-server"],
+    ];
+    for role in roles {
         let role = output(stage.world.cluster.kubectl().args(["get", "-o", "json"]).args(role))?;
         let role: Value = serde_json::from_str(&role)?;
         for rule in role["rules"].as_array().into_iter().flatten() {

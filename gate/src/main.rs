@@ -1,24 +1,43 @@
 //! `mayfly-gate`: the native sidecar of every runner pod.
 //!
-//! It makes a named pipe in the pod's memory volume, waits until the runner's entry point reads from it, asks the operator for the
-//! pod's registration with a token that only it has, and writes the registration into the pipe: a file that can be read once and is
-//! never stored. Then it waits to be ended.
+//! It proves to the operator that the pod's network is closed, makes a named pipe in the pod's memory volume, waits until the runner's
+//! entry point reads from it, asks the operator for the pod's registration with a token that only it has, and writes the registration
+//! into the pipe: a file that can be read once and is never stored. While the job runs it goes on proving.
+//!
+//! As `mayfly-gate sentinel` it is what proofs are held against: something that answers wherever no policy stands in the way.
 
 mod operator;
 mod pipe;
+mod prove;
+mod sentinel;
 
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::thread;
 
-use clap::Parser;
+use clap::{Args, Parser, Subcommand};
+use operator::{Client, Registration};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-/// Hands a runner pod its registration, once.
+/// Proves that a runner pod is isolated, and hands it its registration, once.
 #[derive(Parser)]
-#[command(version, about)]
+#[command(version, about, subcommand_negates_reqs = true, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    settings: Option<Settings>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Answer whoever asks, TCP and UDP, so that silence elsewhere means something.
+    Sentinel(sentinel::Settings),
+}
+
+#[derive(Args)]
 struct Settings {
     /// Base URL of the operator's gate API.
     #[arg(long, env = "MAYFLY_OPERATOR_URL")]
@@ -35,7 +54,7 @@ struct Settings {
 }
 
 fn main() -> ExitCode {
-    let settings = Settings::parse();
+    let cli = Cli::parse();
     let mut signals = match Signals::new([SIGTERM, SIGINT]) {
         Ok(signals) => signals,
         Err(error) => return fail(&format!("signals cannot be received: {error}")),
@@ -46,24 +65,47 @@ fn main() -> ExitCode {
             std::process::exit(0);
         }
     });
-    match hand_over(&settings) {
-        Ok(()) => say("registration handed over"),
-        // The operator removes the pod; a restart of this container would change nothing.
-        Err(error) => say(&format!("no registration: {error}")),
-    }
-    loop {
-        thread::park();
+    match (cli.command, cli.settings) {
+        (Some(Command::Sentinel(settings)), _) => match sentinel::run(&settings) {
+            Ok(never) => match never {},
+            Err(error) => fail(&error),
+        },
+        (None, Some(settings)) => {
+            let Err(error) = guard(&settings);
+            say(&error);
+            // The operator removes the pod; a restart of this container would change nothing.
+            loop {
+                thread::park();
+            }
+        }
+        (None, None) => fail("nothing to do: see --help"),
     }
 }
 
-fn hand_over(settings: &Settings) -> Result<(), String> {
-    let client = operator::Client::new(&settings.operator_url, &settings.operator_ca, &settings.token_file)?;
+/// The gate's whole life. It ends only when the operator wants nothing more of this pod.
+fn guard(settings: &Settings) -> Result<std::convert::Infallible, String> {
+    let client = Client::new(&settings.operator_url, &settings.operator_ca, &settings.token_file)?;
     pipe::make(&settings.registration)?;
-    // Opening blocks until the runner reads: nothing is registered for a runner that never starts.
-    let pipe = pipe::open(&settings.registration)?;
+    // The runner's container is being started meanwhile. Opening the pipe waits until it reads: nothing is registered for a runner
+    // that never starts.
+    let pipe = thread::scope(|scope| {
+        let proof = scope.spawn(|| prove::prove(&client));
+        let pipe = pipe::open(&settings.registration);
+        proof.join().map_err(|_| "the proof ended unexpectedly".to_owned())??;
+        pipe
+    })?;
     say("runner is waiting");
-    let registration = client.registration()?;
-    pipe::write(pipe, &settings.registration, &registration)
+    let registration = loop {
+        match client.registration()? {
+            Registration::Here(registration) => break registration,
+            // What was proved a while ago is proved anew, so that a job does not have to wait for it.
+            Registration::NotYet | Registration::Unproved => prove::prove(&client)?,
+        }
+    };
+    pipe::write(pipe, &settings.registration, &registration)?;
+    drop(registration);
+    say("registration handed over");
+    prove::go_on(&client)
 }
 
 fn fail(why: &str) -> ExitCode {

@@ -6,30 +6,47 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use mayfly_proof::{Challenge, Report};
 use ureq::Agent;
 use ureq::tls::{Certificate, RootCerts, TlsConfig, TlsProvider};
 
 /// Longer than the operator keeps a question open.
 const CALL_TIMEOUT: Duration = Duration::from_secs(70);
-/// Longest registration taken, in bytes.
-const MAX_REGISTRATION: u64 = 64 << 10;
+/// Longest answer taken, in bytes.
+const MAX_ANSWER: u64 = 64 << 10;
 /// First and longest pause after a call that failed.
 const PAUSE_FIRST: Duration = Duration::from_millis(50);
 const PAUSE_LONGEST: Duration = Duration::from_secs(5);
 
-/// A client of the gate API.
+/// A client of the gate API. Every method asks until there is an answer, and fails when the operator wants nothing more of this pod.
 pub(crate) struct Client {
     agent: Agent,
     url: String,
     token_file: PathBuf,
 }
 
-/// What one call brought.
-enum Answer {
-    Registration(Vec<u8>),
+/// The answer to the question for a registration.
+pub(crate) enum Registration {
+    /// Here it is.
+    Here(Vec<u8>),
+    /// There is no job yet.
     NotYet,
-    Never(String),
-    Again(String),
+    /// The last proof is too old, or not of today's policies.
+    Unproved,
+}
+
+/// Whether a report was taken.
+pub(crate) enum Taken {
+    /// It was.
+    Yes,
+    /// It answers a challenge that is no longer of interest.
+    Stale,
+}
+
+/// What one call brought.
+struct Answer {
+    status: u16,
+    body: Vec<u8>,
 }
 
 impl Client {
@@ -51,48 +68,80 @@ impl Client {
             .http_status_as_error(false)
             .build()
             .new_agent();
-        Ok(Self { agent, url: format!("{}/v1/registration", url.trim_end_matches('/')), token_file: token_file.to_owned() })
+        Ok(Self { agent, url: url.trim_end_matches('/').to_owned(), token_file: token_file.to_owned() })
     }
 
-    /// Asks until there is a registration.
-    ///
-    /// # Errors
-    /// When the operator says that this pod will never get one.
-    pub(crate) fn registration(&self) -> Result<Vec<u8>, String> {
+    /// What is to be proved.
+    pub(crate) fn challenge(&self) -> Result<Challenge, String> {
+        self.until("/v1/challenge", &[], |answer| match answer.status {
+            200 => Ok(serde_json::from_slice(&answer.body).map_err(|error| format!("the challenge cannot be read: {error}"))?),
+            _ => Err(answer.again()),
+        })
+    }
+
+    /// What was found.
+    pub(crate) fn report(&self, report: &Report) -> Result<Taken, String> {
+        let body = serde_json::to_vec(report).map_err(|error| error.to_string())?;
+        self.until("/v1/proof", &body, |answer| match answer.status {
+            204 => Ok(Taken::Yes),
+            409 => Ok(Taken::Stale),
+            _ => Err(answer.again()),
+        })
+    }
+
+    /// The registration. It is delivered once: one that does not arrive whole is lost.
+    pub(crate) fn registration(&self) -> Result<Registration, String> {
+        let found = self.until("/v1/registration", &[], |answer| match answer.status {
+            200 => Ok(Registration::Here(std::mem::take(&mut answer.body))),
+            204 => Ok(Registration::NotYet),
+            428 => Ok(Registration::Unproved),
+            _ => Err(answer.again()),
+        })?;
+        match found {
+            Registration::Here(body) if body.is_empty() => Err("the registration did not arrive whole".to_owned()),
+            other => Ok(other),
+        }
+    }
+
+    /// Calls until `read` makes something of the answer.
+    fn until<T>(&self, path: &str, body: &[u8], mut read: impl FnMut(&mut Answer) -> Result<T, String>) -> Result<T, String> {
         let mut pause = PAUSE_FIRST;
         loop {
-            match self.ask() {
-                Answer::Registration(registration) => return Ok(registration),
-                Answer::Never(why) => return Err(why),
-                Answer::NotYet => pause = PAUSE_FIRST,
-                Answer::Again(why) => {
-                    super::say(&format!("asking again: {why}"));
-                    thread::sleep(pause);
-                    pause = (pause * 2).min(PAUSE_LONGEST);
-                }
-            }
+            let why = match self.call(path, body) {
+                Ok(Answer { status: 401 | 410, body }) => return Err(format!("{path}: {}", String::from_utf8_lossy(&body))),
+                Ok(mut answer) => match read(&mut answer) {
+                    Ok(found) => return Ok(found),
+                    Err(why) => why,
+                },
+                Err(why) => why,
+            };
+            super::say(&format!("{path}: asking again: {why}"));
+            thread::sleep(pause);
+            pause = (pause * 2).min(PAUSE_LONGEST);
         }
     }
 
-    fn ask(&self) -> Answer {
-        let token = match fs::read_to_string(&self.token_file) {
-            Ok(token) => token,
-            Err(error) => return Answer::Again(format!("{}: {error}", self.token_file.display())),
-        };
-        let call = self.agent.post(&self.url).header("Authorization", format!("Bearer {}", token.trim())).send_empty();
-        let mut answer = match call {
-            Ok(answer) => answer,
-            Err(error) => return Answer::Again(error.to_string()),
-        };
-        let status = answer.status().as_u16();
-        let body = answer.body_mut().with_config().limit(MAX_REGISTRATION).read_to_vec();
-        match (status, body) {
-            (204, _) => Answer::NotYet,
-            (200, Ok(body)) if !body.is_empty() => Answer::Registration(body),
-            // The registration is made, and this was its one delivery.
-            (200, _) => Answer::Never("the registration did not arrive whole".to_owned()),
-            (401 | 410, body) => Answer::Never(String::from_utf8_lossy(&body.unwrap_or_default()).into_owned()),
-            (code, _) => Answer::Again(format!("HTTP {code}")),
+    fn call(&self, path: &str, body: &[u8]) -> Result<Answer, String> {
+        let token = fs::read_to_string(&self.token_file).map_err(|error| format!("{}: {error}", self.token_file.display()))?;
+        let request = self.agent.post(format!("{}{path}", self.url)).header("Authorization", format!("Bearer {}", token.trim()));
+        let mut answer = match body.is_empty() {
+            true => request.send_empty(),
+            false => request.header("Content-Type", "application/json").send(body),
         }
+        .map_err(|error| error.to_string())?;
+        let status = answer.status().as_u16();
+        let body = answer.body_mut().with_config().limit(MAX_ANSWER).read_to_vec();
+        match body {
+            Ok(body) => Ok(Answer { status, body }),
+            // Whatever was to be delivered once is gone.
+            Err(_) if status == 200 => Ok(Answer { status, body: Vec::new() }),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+}
+
+impl Answer {
+    fn again(&self) -> String {
+        format!("HTTP {}", self.status)
     }
 }

@@ -18,6 +18,18 @@ app.kubernetes.io/component: controller
 helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end -}}
 
+{{- define "mayfly.sentinelSelector" -}}
+app.kubernetes.io/name: mayfly-sentinel
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "mayfly.sentinelLabels" -}}
+{{ include "mayfly.sentinelSelector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/component: sentinel
+helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
+{{- end -}}
+
 {{- define "mayfly.pairs" -}}
 {{- $pairs := list -}}
 {{- range $key, $value := . -}}{{- $pairs = append $pairs (printf "%s=%s" $key $value) -}}{{- end -}}

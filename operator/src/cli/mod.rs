@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -83,6 +83,19 @@ pub(crate) struct ControllerArgs {
     /// Private ranges are closed anyway.
     #[arg(long, env = "MAYFLY_CLUSTER_RANGES", value_delimiter = ',')]
     cluster_ranges: Vec<IpNet>,
+    /// Service of the sentinels in the operator's namespace; `NAME-pods` is the headless one.
+    #[arg(long, env = "MAYFLY_SENTINEL_SERVICE", default_value = "mayfly-sentinel")]
+    sentinel_service: String,
+    /// Addresses outside of the cluster (address:port, comma-separated) that answer the operator and that no pool opens: runner pods
+    /// are shown to be closed by them. Needed only where the forge's host drops what it does not serve.
+    #[arg(long, env = "MAYFLY_OUTSIDE_SENTINELS", value_delimiter = ',')]
+    outside_sentinels: Vec<SocketAddr>,
+    /// Address of the API server's Service, as Kubernetes tells every pod.
+    #[arg(long, env = "KUBERNETES_SERVICE_HOST")]
+    api_server_host: Option<IpAddr>,
+    /// Its port.
+    #[arg(long, env = "KUBERNETES_SERVICE_PORT", default_value_t = 443)]
+    api_server_port: u16,
     /// PEM file of certificate authorities for forges with a private one.
     #[arg(long, env = "MAYFLY_FORGE_CA_FILE")]
     forge_ca_file: Option<PathBuf>,
@@ -104,6 +117,10 @@ pub(crate) struct Settings {
     pub(crate) gate_names: Vec<String>,
     pub(crate) forge_ca: Option<Vec<u8>>,
     pub(crate) poll_interval: Duration,
+    pub(crate) sentinel_service: String,
+    pub(crate) sentinel_pods: String,
+    pub(crate) outside_sentinels: Vec<SocketAddr>,
+    pub(crate) api_server: Option<SocketAddr>,
 }
 
 impl ControllerArgs {
@@ -118,6 +135,8 @@ impl ControllerArgs {
         };
         let host = format!("{}.{}.svc", self.gate_service, self.namespace);
         let gate_port = self.gate_address.port();
+        let sentinels = |suffix: &str| format!("{}{suffix}.{}.svc", self.sentinel_service, self.namespace);
+        let (sentinel_service, sentinel_pods) = (sentinels(""), sentinels("-pods"));
         Ok(Settings {
             instance: self.instance,
             pods: PodSettings {
@@ -142,6 +161,10 @@ impl ControllerArgs {
             gate_names: vec![host],
             forge_ca,
             poll_interval: Duration::from_secs(self.poll_seconds),
+            sentinel_service,
+            sentinel_pods,
+            outside_sentinels: self.outside_sentinels,
+            api_server: self.api_server_host.map(|host| (host, self.api_server_port).into()),
         })
     }
 }

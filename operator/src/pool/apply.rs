@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,16 +11,17 @@ use jiff::SignedDuration;
 use k8s_openapi::api::core::v1::{ObjectReference, Pod, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kube::ResourceExt;
 use kube::runtime::reflector::ObjectRef;
-use mayfly_crds::Failure;
+use kube::{Resource, ResourceExt};
+use mayfly_crds::{Failure, RunnerPool};
 use mayfly_crds::names::{ANNOTATION_JOB, ANNOTATION_WORKFLOW, LABEL_MANAGED_BY, MANAGED_BY, RUNNER_SERVICE_ACCOUNT, RunnerName};
 use sha2::{Digest, Sha256};
 
 use super::controller::Context;
 use super::gather::{Observed, Unmarked};
 use super::plan::{Deletion, Plan};
-use super::registry::{PoolHandle, Spawned};
+use super::proof;
+use super::registry::{PoolHandle, PoolKey, Spawned};
 use super::validate::Pool;
 use crate::forge::{Forge, ForgeError, Job, Removal, RunnerKey, Secret};
 use crate::isolation::{ForgeAddress, network_policies};
@@ -41,6 +43,7 @@ const DEREGISTER_TRIES: u32 = 4;
 /// A sentence for a person; no pod may be created then.
 pub(super) async fn prepare(ctx: &Context, pool: &Pool, handle: &PoolHandle) -> Result<(), String> {
     let addresses = forge_addresses(ctx, pool, handle).await?;
+    handle.state().forge_endpoints = addresses.iter().map(|address| SocketAddr::from((*address, pool.port))).collect();
     let forge = ForgeAddress { addresses, port: pool.port };
     let egress = &pool.spec.isolation.egress;
     let wanted = network_policies(&pool.key.name, &pool.key.namespace, &pool.owner, egress, &forge, &ctx.settings.cluster)?;
@@ -204,17 +207,17 @@ async fn note_failure(ctx: &Context, pool: &Pool, handle: &PoolHandle, deletion:
         });
     }
     tracing::warn!(pool = %pool.key, pod = deletion.name, reason = failure.reason, message = failure.message, "runner failed");
-    ctx.io.warn(&reference(pool), &failure.reason, "DeletePod", &format!("{}: {}", deletion.name, failure.message)).await;
+    ctx.io.warn(&reference_to(&pool.key, &pool.uid), &failure.reason, "DeletePod", &format!("{}: {}", deletion.name, failure.message)).await;
 }
 
-/// The pool as events name it.
-pub(super) fn reference(pool: &Pool) -> ObjectReference {
+/// A pool as events name it.
+pub(super) fn reference_to(key: &PoolKey, uid: &str) -> ObjectReference {
     ObjectReference {
-        api_version: Some(pool.owner.api_version.clone()),
-        kind: Some(pool.owner.kind.clone()),
-        name: Some(pool.key.name.clone()),
-        namespace: Some(pool.key.namespace.clone()),
-        uid: Some(pool.uid.clone()),
+        api_version: Some(RunnerPool::api_version(&()).into_owned()),
+        kind: Some(RunnerPool::kind(&()).into_owned()),
+        name: Some(key.name.clone()),
+        namespace: Some(key.namespace.clone()),
+        uid: Some(uid.to_owned()),
         ..ObjectReference::default()
     }
 }
@@ -229,6 +232,8 @@ async fn create(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>) {
     let pod = runner_pod(&name, &pool.key.namespace, &pool.key.name, &pool.owner, &pool.spec, user_namespace, life.as_secs(), settings);
     let waits = Spawned { uid: String::new(), created: ctx.now(), seen: false, asked: None, registering: None, burnt: None };
     handle.state().spawned.insert(name.to_string(), waits);
+    // What silence in the pod will be held against is there when its gate asks.
+    ctx.tasks.spawn(proof::prepare_controls(ctx.clone(), handle.clone()));
     match ctx.io.create(&pool.key.namespace, &pod).await {
         Ok(stored) => {
             if let Some(spawned) = handle.state().spawned.get_mut(name.as_str()) {

@@ -6,6 +6,7 @@ use std::time::Duration;
 use futures::{FutureExt, Stream, StreamExt};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{Node, Pod, Secret};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::core::{DeserializeGuard, PartialObjectMeta};
@@ -28,6 +29,7 @@ use super::validate::{Pool, validate};
 use crate::cli::Settings;
 use crate::forge::ForgeError;
 use crate::gc;
+use crate::isolation::{Controls, Sentinels};
 use crate::kube_io::KubeIo;
 use crate::runner::{Phase, phase};
 use crate::runtime::metrics::Metrics;
@@ -58,6 +60,10 @@ pub(crate) struct Context {
     pub(crate) secrets: Store<Secret>,
     pub(crate) policies: Store<NetworkPolicy>,
     pub(crate) nodes: Store<Node>,
+    /// Endpoints of the API server.
+    pub(crate) api_endpoints: Store<EndpointSlice>,
+    pub(crate) controls: Controls,
+    pub(crate) sentinels: Sentinels,
     pub(crate) tasks: TaskTracker,
 }
 
@@ -186,6 +192,7 @@ async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
             return Ok(Action::await_change());
         }
     };
+    handle.state().enforcement = pool.spec.isolation.enforcement;
     let observed = match gather(ctx, &pool, &handle).await {
         Ok(observed) => observed,
         Err(error) => {

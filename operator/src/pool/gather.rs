@@ -338,7 +338,10 @@ fn pods(ctx: &Context, pool: &Pool, handle: &PoolHandle, refusals: &BTreeMap<Job
             let (pod, uid) = (name.clone(), pod.uid().unwrap_or_default());
             observed.unmarked.push(Unmarked { pod, uid, job: job.clone(), workflow });
         }
+        let registered = state.registered.get(&name).map(|runner| runner.since);
+        let unproved = state.unproved(&name, registered, now);
         observed.pods.push(PodFacts {
+            unproved,
             name,
             uid: pod.uid().unwrap_or_default(),
             created: pod.creation_timestamp().map_or(now, |time| time.0),
@@ -352,10 +355,12 @@ fn pods(ctx: &Context, pool: &Pool, handle: &PoolHandle, refusals: &BTreeMap<Job
         if !exists(name) && lag {
             let role = spawned.registering.clone().map_or(Role::Waiting { ready: false }, Role::Registering);
             let (name, uid, created) = (name.clone(), spawned.uid.clone(), spawned.created);
-            observed.pods.push(PodFacts { name, uid, created, phase: Phase::Alive { waits: None }, role });
+            observed.pods.push(PodFacts { name, uid, created, phase: Phase::Alive { waits: None }, role, unproved: None });
         }
         exists(name) || lag || spawned.registering.is_some()
     });
+    let (spawned, proofs) = (&state.spawned, &mut state.proofs);
+    proofs.retain(|name, _| exists(name) || spawned.contains_key(name));
     let running = &state.running;
     state.registered.retain(|name, runner| {
         if !exists(name) && !runner.done {

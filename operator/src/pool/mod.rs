@@ -6,6 +6,7 @@ mod controller;
 mod gather;
 pub(crate) mod hints;
 mod plan;
+pub(crate) mod proof;
 mod registry;
 mod status;
 mod validate;

@@ -46,6 +46,8 @@ pub(crate) struct PodFacts {
     pub(crate) created: Timestamp,
     pub(crate) phase: Phase,
     pub(crate) role: Role,
+    /// Why it has to go although it runs: it is not isolated, as far as is known.
+    pub(crate) unproved: Option<Reason>,
 }
 
 /// What the pod is to the forge.
@@ -195,6 +197,10 @@ fn verdict(pod: &PodFacts, input: &Input) -> Verdict {
             };
         }
         Phase::Alive { .. } => {}
+    }
+    if let Some(reason) = &pod.unproved {
+        let waits = matches!(pod.role, Role::Waiting { .. } | Role::Registering(_));
+        return Verdict::Delete(Deletion { start_failure: waits, ..fails(GRACE_STOP, reason.clone()) });
     }
     match &pod.role {
         Role::Done => Verdict::Delete(gone(GRACE_DONE)),

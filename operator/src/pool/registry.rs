@@ -3,15 +3,16 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use mayfly_crds::Failure;
+use mayfly_crds::{Enforcement, Failure, NodeIsolation};
 use serde::Serialize;
 use tokio::sync::{Notify, mpsc};
 
+use super::proof::PodProof;
 use crate::forge::{Forge, Job, JobKey, Repository, Run, RunnerKey, Secret};
 
 /// Namespace and name of a RunnerPool.
@@ -125,10 +126,26 @@ pub(crate) struct PoolState {
     pub(crate) last_failure: Option<Failure>,
     /// The forge's addresses, and when they were looked up.
     pub(crate) addresses: Option<(Vec<IpAddr>, Timestamp)>,
+    /// The forge's addresses and port, as pods reach them.
+    pub(crate) forge_endpoints: Vec<SocketAddr>,
+    /// What a pod has to prove before it is registered.
+    pub(crate) enforcement: Enforcement,
+    /// What each pod proved of its isolation.
+    pub(crate) proofs: BTreeMap<String, PodProof>,
+    /// What was last found on each node.
+    pub(crate) isolation: BTreeMap<String, NodeIsolation>,
     /// Policies as last applied: a digest of all, and each one's resource version.
     pub(crate) policies: Option<(String, BTreeMap<String, String>)>,
     /// When the status was last written.
     pub(crate) status_written: Option<Timestamp>,
+}
+
+impl PoolState {
+    /// The policies that stand, in one word that changes whenever one of them does. `None` before they were applied.
+    pub(crate) fn policies_mark(&self) -> Option<String> {
+        let (digest, versions) = self.policies.as_ref()?;
+        Some(versions.iter().fold(digest.clone(), |mark, (name, version)| format!("{mark} {name}={version}")))
+    }
 }
 
 /// One pool.
@@ -147,6 +164,8 @@ pub(crate) struct PoolHandle {
 pub(crate) enum NoJob {
     /// Nothing is owed right now: ask again.
     NotYet,
+    /// The pod has not proved its isolation, or not lately: prove first.
+    Unproved,
     /// This pod will never get one.
     Never(&'static str),
 }
@@ -203,6 +222,11 @@ impl PoolHandle {
         if spawned.registering.is_some() || spawned.burnt.is_some() {
             return Err(NoJob::Never("this pod already asked for its registration"));
         }
+        if !state.is_proved(pod, now) {
+            return Err(NoJob::Unproved);
+        }
+        // Looked up once more: the proof was read from the same state.
+        let Some(spawned) = state.spawned.get_mut(pod) else { return Err(NoJob::Unproved) };
         spawned.asked.get_or_insert(now);
         spawned.registering = state.owed.pop_front();
         Ok(spawned.registering.clone())
@@ -295,7 +319,18 @@ mod tests {
         let created = Timestamp::UNIX_EPOCH;
         let spawned = Spawned { uid: "pod-uid".to_owned(), created, seen: false, asked: None, registering: None, burnt: None };
         handle.state().spawned.insert("pod".to_owned(), spawned);
+        crate::pool::proof::tests::prove(&mut handle.state(), "pod", created);
         handle
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn without_a_proof_there_is_no_job() {
+        let handle = handle_with_pod();
+        owe(&handle, 1);
+        handle.state().proofs.clear();
+        let taken = handle.take_job("pod", "pod-uid", Timestamp::UNIX_EPOCH, Duration::from_secs(1)).await;
+        assert_eq!(taken, Err(NoJob::Unproved));
+        assert_eq!(handle.state().owed.len(), 1, "the job is still owed");
     }
 
     fn owe(handle: &PoolHandle, id: u64) -> OwedJob {

@@ -3,10 +3,11 @@
 use jiff::SignedDuration;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use mayfly_crds::conditions::{self, Verdict, reasons};
-use mayfly_crds::{Counts, RunnerPoolStatus, WaitingJob};
+use mayfly_crds::{Counts, NodeIsolation, RunnerPoolStatus, WaitingJob};
 
 use super::gather::{GatherError, Observed, WAITING_TOLD};
 use super::plan::{Plan, Role};
+use super::proof;
 use super::registry::PoolState;
 use super::validate::Pool;
 use crate::forge::ForgeError;
@@ -72,8 +73,9 @@ pub(super) fn status(
     outcome: &Outcome<'_>,
     now: &Time,
 ) -> RunnerPoolStatus {
-    let mut verdicts = vec![users.verdict()];
     let mut new = old.clone();
+    new.isolation = proof::nodes_told(state, &old.isolation);
+    let mut verdicts = vec![users.verdict(), isolation(&new.isolation)];
     new.scope = pool.map(Pool::scope_text).unwrap_or_default();
     new.last_failure = state.last_failure.clone().or_else(|| old.last_failure.clone());
     match outcome {
@@ -136,6 +138,15 @@ fn ready(state: &PoolState) -> Verdict {
             Verdict::no(conditions::READY, reasons::PODS_FAIL, message)
         }
         _ => Verdict::yes(conditions::READY, reasons::OK, "jobs are served"),
+    }
+}
+
+fn isolation(nodes: &[NodeIsolation]) -> Verdict {
+    let type_ = conditions::ISOLATION_PROVED;
+    match proof::told(nodes) {
+        (mayfly_proof::Verdict::Proved, reason, message) => Verdict::yes(type_, reason, message),
+        (_, reason @ reasons::NO_PROOF_YET, message) => Verdict::unknown(type_, reason, message),
+        (_, reason, message) => Verdict::no(type_, reason, message),
     }
 }
 

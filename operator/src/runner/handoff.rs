@@ -1,27 +1,37 @@
 //! The gate API: a pod that proves who it is gets a registration, once, when a job is owed.
 //!
-//! `POST /v1/registration`, `Authorization: Bearer <projected token>`, no body. Answers: 200 with the registration as the runner
-//! program reads it; 204 no job yet, ask again; 401 no pod of ours; 410 never, for this pod; 503 try again in a moment.
+//! Every call is a POST with `Authorization: Bearer <projected token>`. Answers that all calls have: 401 no pod of ours; 410 nothing
+//! more for this pod; 503 try again in a moment.
+//!
+//! - `/v1/challenge`, no body: 200 with what the pod has to try (JSON, [`mayfly_proof::Challenge`]).
+//! - `/v1/proof`, body [`mayfly_proof::Report`]: 204 taken; 409 not an answer to the last challenge, or the policies changed meanwhile.
+//! - `/v1/registration`, no body: 200 with the registration as the runner program reads it; 204 no job yet, ask again; 428 prove
+//!   first.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
+use axum::{Json, Router};
 use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
+use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 use kube::runtime::reflector::ObjectRef;
 use mayfly_crds::names::LABEL_POOL;
+use mayfly_proof::{Challenge, Report};
 use tower::limit::GlobalConcurrencyLimitLayer;
 
 use super::identity::{Identities, IdentityError, PodIdentity};
 use super::state::{Phase, phase};
+use crate::pool::proof::{self as pool, Taken};
 use crate::pool::{Context, NoJob, PoolHandle, PoolKey};
 
 /// How long a gate's question is kept open when no job is owed.
 const PATIENCE: Duration = Duration::from_secs(50);
+/// Longest report, in bytes.
+const MAX_REPORT: usize = 64 << 10;
 /// Gates served at the same time.
 const GATES: usize = 4_096;
 
@@ -35,8 +45,9 @@ pub(crate) struct GateApi {
 pub(crate) fn router(ctx: Arc<Context>) -> Router {
     let identities = Identities::new(ctx.io.clone());
     Router::new()
-        .route("/v1/registration", post(registration))
-        .layer(DefaultBodyLimit::max(0))
+        .route("/v1/registration", post(registration).layer(DefaultBodyLimit::max(0)))
+        .route("/v1/challenge", post(challenge).layer(DefaultBodyLimit::max(0)))
+        .route("/v1/proof", post(proof).layer(DefaultBodyLimit::max(MAX_REPORT)))
         .layer(GlobalConcurrencyLimitLayer::new(GATES))
         .with_state(Arc::new(GateApi { ctx, identities }))
 }
@@ -55,6 +66,7 @@ async fn registration(State(api): State<Arc<GateApi>>, headers: HeaderMap) -> Re
     let outcome = match &answer {
         Ok(_) => "handed_over",
         Err(Refusal(StatusCode::NO_CONTENT, _)) => "no_job_yet",
+        Err(Refusal(StatusCode::PRECONDITION_REQUIRED, _)) => "unproved",
         Err(Refusal(StatusCode::UNAUTHORIZED, _)) => "unauthorized",
         Err(Refusal(StatusCode::GONE, _)) => "refused",
         Err(_) => "unavailable",
@@ -63,19 +75,55 @@ async fn registration(State(api): State<Arc<GateApi>>, headers: HeaderMap) -> Re
     answer
 }
 
-async fn hand_over(api: &GateApi, headers: &HeaderMap) -> Result<Response, Refusal> {
+/// What the pod has to try.
+async fn challenge(State(api): State<Arc<GateApi>>, headers: HeaderMap) -> Result<Json<Challenge>, Refusal> {
+    let (_, pod, handle) = caller(&api, &headers).await?;
+    match pool::ask(&api.ctx, &handle, &pod).await {
+        Ok(Some(challenge)) => Ok(Json(challenge)),
+        Ok(None) => Err(Refusal(StatusCode::SERVICE_UNAVAILABLE, "the pool's policies are being applied")),
+        Err(error) => {
+            tracing::error!(error, "the list of metadata endpoints");
+            Err(Refusal(StatusCode::SERVICE_UNAVAILABLE, "the operator has nothing to try"))
+        }
+    }
+}
+
+/// What the pod found.
+async fn proof(State(api): State<Arc<GateApi>>, headers: HeaderMap, report: Json<Report>) -> Result<StatusCode, Refusal> {
+    let (_, pod, handle) = caller(&api, &headers).await?;
+    let taken = pool::take(&api.ctx, &handle, &pod, &report).await;
+    api.ctx.metrics.proof(match &taken {
+        Taken::Enough => "enough",
+        Taken::NotEnough(_) => "not_enough",
+        Taken::Stale => "stale",
+    });
+    match taken {
+        Taken::Enough => Ok(StatusCode::NO_CONTENT),
+        Taken::NotEnough(_) => Err(Refusal(StatusCode::GONE, "the pod is not shown to be isolated")),
+        Taken::Stale => Err(Refusal(StatusCode::CONFLICT, "ask for another challenge")),
+    }
+}
+
+/// Who calls: the pod as it proved to be, as the watch knows it, and its pool.
+async fn caller(api: &GateApi, headers: &HeaderMap) -> Result<(PodIdentity, Arc<Pod>, Arc<PoolHandle>), Refusal> {
     let authorization = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let pod = api.identities.identify(authorization).await.map_err(|error| match error {
+    let identity = api.identities.identify(authorization).await.map_err(|error| match error {
         IdentityError::Refused(why) => Refusal(StatusCode::UNAUTHORIZED, why),
         IdentityError::Unavailable(error) => {
             tracing::warn!(%error, "a token could not be reviewed");
             Refusal(StatusCode::SERVICE_UNAVAILABLE, "the token could not be reviewed")
         }
     })?;
-    let handle = pool_of(&api.ctx, &pod)?;
+    let (pod, handle) = pool_of(&api.ctx, &identity)?;
+    Ok((identity, pod, handle))
+}
+
+async fn hand_over(api: &GateApi, headers: &HeaderMap) -> Result<Response, Refusal> {
+    let (pod, _, handle) = caller(api, headers).await?;
     let now = api.ctx.now();
     let job = handle.take_job(&pod.name, &pod.uid, now, PATIENCE).await.map_err(|no| match no {
         NoJob::NotYet => Refusal(StatusCode::NO_CONTENT, ""),
+        NoJob::Unproved => Refusal(StatusCode::PRECONDITION_REQUIRED, "prove the pod's isolation first"),
         NoJob::Never(why) => Refusal(StatusCode::GONE, why),
     })?;
     let forge = handle.state().link.as_ref().map(|link| link.forge.clone());
@@ -105,8 +153,8 @@ async fn hand_over(api: &GateApi, headers: &HeaderMap) -> Result<Response, Refus
     Ok((headers, secret.reveal().to_owned()).into_response())
 }
 
-/// The pool whose living pod this is.
-fn pool_of(ctx: &Context, identity: &PodIdentity) -> Result<Arc<PoolHandle>, Refusal> {
+/// The living pod, and the pool whose it is.
+fn pool_of(ctx: &Context, identity: &PodIdentity) -> Result<(Arc<Pod>, Arc<PoolHandle>), Refusal> {
     let reference = ObjectRef::new(&identity.name).within(&identity.namespace);
     // A pod younger than the watch's last news comes back in a moment.
     let Some(pod) = ctx.pods.get(&reference).filter(|pod| pod.uid().as_deref() == Some(&identity.uid)) else {
@@ -117,7 +165,8 @@ fn pool_of(ctx: &Context, identity: &PodIdentity) -> Result<Arc<PoolHandle>, Ref
     }
     let name = pod.labels().get(LABEL_POOL).cloned().unwrap_or_default();
     let handle = ctx.registry.get(&PoolKey { namespace: identity.namespace.clone(), name });
-    handle
+    let handle = handle
         .filter(|handle| pod.owner_references().iter().any(|owner| owner.uid == handle.uid))
-        .ok_or(Refusal(StatusCode::GONE, "the pod belongs to no pool"))
+        .ok_or(Refusal(StatusCode::GONE, "the pod belongs to no pool"))?;
+    Ok((pod, handle))
 }

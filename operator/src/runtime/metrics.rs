@@ -28,6 +28,7 @@ pub(crate) struct Metrics {
     pods_created: Counter,
     pods_deleted: Family<Outcome, Counter>,
     hand_overs: Family<Outcome, Counter>,
+    proofs: Family<Outcome, Counter>,
     deregistrations: Family<Outcome, Counter>,
     webhooks: Family<Outcome, Counter>,
     forge_errors: Family<Outcome, Counter>,
@@ -44,6 +45,7 @@ impl Metrics {
             pods_created: Counter::default(),
             pods_deleted: Family::default(),
             hand_overs: Family::default(),
+            proofs: Family::default(),
             deregistrations: Family::default(),
             webhooks: Family::default(),
             forge_errors: Family::default(),
@@ -53,6 +55,7 @@ impl Metrics {
         registry.register("pods_created", "Runner pods created", metrics.pods_created.clone());
         registry.register("pods_deleted", "Runner pods deleted", metrics.pods_deleted.clone());
         registry.register("hand_overs", "Answers to gates", metrics.hand_overs.clone());
+        registry.register("proofs", "Reports of gates on their pod's isolation", metrics.proofs.clone());
         registry.register("deregistrations", "Registrations removed other than by a job's end", metrics.deregistrations.clone());
         registry.register("webhooks", "Webhook deliveries", metrics.webhooks.clone());
         registry.register("forge_errors", "Passes that could not see the forge", metrics.forge_errors.clone());
@@ -87,6 +90,10 @@ impl Metrics {
 
     pub(crate) fn hand_over(&self, outcome: &'static str) {
         self.hand_overs.get_or_create(&Outcome { outcome }).inc();
+    }
+
+    pub(crate) fn proof(&self, outcome: &'static str) {
+        self.proofs.get_or_create(&Outcome { outcome }).inc();
     }
 
     pub(crate) fn deregistered(&self, outcome: &'static str) {

@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use anyhow::{Result, anyhow};
 use futures::{Stream, StreamExt, TryStreamExt};
-use k8s_openapi::api::core::v1::{Node, NodeStatus, Pod, Secret};
+use k8s_openapi::api::core::v1::{Node, NodeStatus, Pod, PodSpec, Secret};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::api::Api;
 use kube::runtime::reflector::{self, Store, store::Writer};
@@ -30,6 +31,7 @@ pub(super) struct Stores {
     pub(super) secrets: Store<Secret>,
     pub(super) policies: Store<NetworkPolicy>,
     pub(super) nodes: Store<Node>,
+    pub(super) api_endpoints: Store<EndpointSlice>,
 }
 
 impl Stores {
@@ -39,7 +41,8 @@ impl Stores {
         self.pods.wait_until_ready().await.map_err(ended)?;
         self.secrets.wait_until_ready().await.map_err(ended)?;
         self.policies.wait_until_ready().await.map_err(ended)?;
-        self.nodes.wait_until_ready().await.map_err(ended)
+        self.nodes.wait_until_ready().await.map_err(ended)?;
+        self.api_endpoints.wait_until_ready().await.map_err(ended)
     }
 }
 
@@ -97,7 +100,11 @@ pub(super) fn start(
         move |_: &Secret, _| all.all().iter().for_each(|handle| all.wake(handle.key.clone())),
     );
     let nodes = watch(parts, stop, "nodes", Api::<Node>::all(client.clone()), watcher::Config::default(), strip_node, |_: &Node, _| {});
-    (Stores { pools, pods, secrets, policies, nodes }, root)
+    // By RBAC this one object and no other.
+    let own = watcher::Config::default().fields("metadata.name=kubernetes");
+    let api = Api::<EndpointSlice>::namespaced(client.clone(), "default");
+    let api_endpoints = watch(parts, stop, "API server's endpoints", api, own, strip, |_: &EndpointSlice, _| {});
+    (Stores { pools, pods, secrets, policies, nodes, api_endpoints }, root)
 }
 
 fn combined() -> impl kube::runtime::Predicate<Guarded> {
@@ -143,17 +150,21 @@ fn strip<K: Resource>(object: &mut K) {
     object.meta_mut().managed_fields = None;
 }
 
-/// Of a pod: who it is, and how it fares.
+/// Of a pod: who it is, where it is, and how it fares.
 fn strip_pod(pod: &mut Pod) {
     strip(pod);
-    pod.spec = None;
+    pod.spec = pod.spec.take().map(|spec| PodSpec { node_name: spec.node_name, ..PodSpec::default() });
 }
 
-/// Of a node: whether it takes pods, and what its runtime can do.
+/// Of a node: whether it takes pods, where it is, and what its runtime can do.
 fn strip_node(node: &mut Node) {
     strip(node);
     node.metadata.annotations = None;
     if let Some(status) = &mut node.status {
-        *status = NodeStatus { runtime_handlers: status.runtime_handlers.take(), ..NodeStatus::default() };
+        *status = NodeStatus {
+            addresses: status.addresses.take(),
+            runtime_handlers: status.runtime_handlers.take(),
+            ..NodeStatus::default()
+        };
     }
 }

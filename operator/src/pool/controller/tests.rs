@@ -57,6 +57,9 @@ fn context(server: &Server, pods: &[Pod]) -> Arc<Context> {
         secrets: reflector::store().0,
         policies: reflector::store().0,
         nodes: reflector::store().0,
+        api_endpoints: reflector::store().0,
+        controls: Controls::default(),
+        sentinels: Sentinels::default(),
         tasks: TaskTracker::new(),
     })
 }

@@ -17,7 +17,7 @@ fn job(id: u64) -> OwedJob {
 }
 
 fn pod(name: &str, role: Role) -> PodFacts {
-    PodFacts { name: name.to_owned(), uid: format!("uid-{name}"), created: ago(10), phase: Phase::Alive { waits: None }, role }
+    PodFacts { name: name.to_owned(), uid: format!("uid-{name}"), created: ago(10), phase: Phase::Alive { waits: None }, role, unproved: None }
 }
 
 fn input(max: u32, queued: Vec<OwedJob>, pods: Vec<PodFacts>) -> Input {
@@ -48,6 +48,17 @@ fn a_registered_runner_serves_the_job_it_was_made_for_and_no_other_repository() 
     assert_eq!((plan_.create, plan_.owed), (0, vec![]));
     let plan_ = plan(&input(10, vec![job(2)], vec![pod("a", idle_for(job(3), 1))]));
     assert_eq!(plan_.create, 1);
+}
+
+#[test]
+fn a_pod_that_is_not_isolated_goes_whatever_it_does() {
+    for (role, start_failure) in [(Role::Waiting { ready: true }, true), (busy(None), false), (idle_for(job(1), 1), false)] {
+        let reason = Reason::new("IsolationBreach", "Node (Breach)");
+        let facts = PodFacts { unproved: Some(reason.clone()), ..pod("a", role) };
+        for plan in [plan(&input(10, vec![job(1)], vec![facts.clone()])), plan_blind(&input(10, vec![], vec![facts.clone()]))] {
+            assert_eq!((plan.delete[0].failure.as_ref(), plan.delete[0].start_failure), (Some(&reason), start_failure));
+        }
+    }
 }
 
 #[test]
