@@ -2,6 +2,7 @@
 
 pub mod forge;
 pub mod install;
+pub mod leak;
 pub mod pool;
 pub mod stage;
 pub mod wait;

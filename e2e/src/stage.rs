@@ -247,7 +247,12 @@ impl Stage {
     /// When the pool does not go.
     pub async fn strike(self) -> Result<()> {
         pool::delete(&self.world, &self.namespace, POOL).await?;
-        Api::<Namespace>::all(self.world.client.clone()).delete(&self.namespace, &DeleteParams::background()).await?;
+        match Api::<Namespace>::all(self.world.client.clone()).delete(&self.namespace, &DeleteParams::background()).await {
+            Ok(_) => {}
+            // The test took it away itself.
+            Err(kube::Error::Api(status)) if status.is_not_found() => {}
+            Err(error) => return Err(error.into()),
+        }
         let secrets: Api<Secret> = Api::namespaced(self.world.client.clone(), SYSTEM);
         for secret in secrets.list_metadata(&ListParams::default()).await?.items {
             let name = secret.metadata.name.unwrap_or_default();

@@ -21,6 +21,7 @@ pub struct World {
     pub forge: Forge,
     /// The API server, as its administrator.
     pub client: Client,
+    config: Config,
 }
 
 impl World {
@@ -36,9 +37,24 @@ impl World {
         let kubeconfig = Kubeconfig::read_from(cluster.kubeconfig())?;
         let mut config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
         config.default_retry = false;
-        let client = Client::try_from(config)?;
-        Ok(Self { forge: access.client(), cluster, access, client })
+        let client = Client::try_from(config.clone())?;
+        Ok(Self { forge: access.client(), cluster, access, client, config })
     }
+
+    /// The API server, in the operator's name: for what nobody else may do, and to see whether the operator may.
+    ///
+    /// # Errors
+    /// When the client cannot be made.
+    pub fn as_operator(&self) -> Result<Client> {
+        let mut config = self.config.clone();
+        config.auth_info.impersonate = Some(operator_account());
+        Ok(Client::try_from(config)?)
+    }
+}
+
+/// The operator's user name.
+pub fn operator_account() -> String {
+    format!("system:serviceaccount:{SYSTEM}:mayfly-controller")
 }
 
 /// The repository's folder.

@@ -2,6 +2,8 @@
 
 mod cleans_up;
 mod hides_secrets;
+mod leaves_nothing_to_find;
+mod proves_isolation;
 mod refuses_input;
 mod refuses_jobs;
 mod runs_jobs;

@@ -252,7 +252,9 @@ impl<'a> Lanes<'a> {
         loop {
             let mut next = None;
             let open = self.wait(|board| {
-                board.taken.len() == self.missing.len() || self.missing.iter().any(|(part, _)| is_ready(part, board, self.selection))
+                // The most urgent part is not for the lane that gives way.
+                let may = !spare || !board.compiling.is_empty();
+                board.taken.len() == self.missing.len() || (may && self.missing.iter().any(|(part, _)| is_ready(part, board, self.selection)))
             });
             if !open {
                 return Ok(());

@@ -16,19 +16,22 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{DeleteParams, LogParams, PostParams};
 use kube::runtime::watcher::{Config, Event, watcher};
 use kube::{Api, ResourceExt};
+use mayfly_cluster::command::output;
 use mayfly_cluster::{Cluster, Options, Progress};
 use mayfly_crds::RunnerPool;
 use mayfly_crds::names::RUNNER_CONTAINER;
 use mayfly_e2e::stage::{POOL, Stage};
 use mayfly_e2e::wait::eventually;
 use mayfly_e2e::world::{SYSTEM, repository};
-use mayfly_e2e::{install, pool};
+use mayfly_e2e::{install, leak, pool};
 use serde_json::{Value, json};
 use tokio::sync::Mutex;
 
 /// Jobs measured one after another, and as one burst.
 const SINGLE: usize = 8;
 const BURST: usize = 20;
+/// Pods whose first instruction connects.
+const STARTS: usize = 200;
 /// Numbers of pools at which memory is measured.
 const POOLS: [usize; 3] = [1, 50, 500];
 /// The job says when its first step began and when its last step ended, by the clock that this program reads as well.
@@ -101,8 +104,11 @@ async fn bench(arguments: &Arguments) -> Result<()> {
     figures.add("queue_to_first_step_over_bare_pod", job.start / bare.start, "ratio");
     figures.add("queue_to_first_step_over_shaped_pod", job.start / shaped.start, "ratio");
     figures.add("job_end_to_pod_gone_over_shaped_pod", job.end / shaped.end, "ratio");
+    figures.add("proof_rounds_mean", proof_seconds(&stage)?, "s");
     burst(&stage, &served, &mut figures).await?;
     if !arguments.quick {
+        let found = leak::leaks(&stage, &shape, STARTS, true).await?;
+        figures.add(format!("leaks_in_{STARTS}_starts"), found.visits.len() as f64, "tries");
         memory(&stage, &mut figures).await?;
     }
     figures.write()?;
@@ -164,17 +170,12 @@ fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map(|time| time.as_secs_f64()).unwrap_or_default()
 }
 
-/// A runner pod's spec with another program in the runner's container, one that tells the time and waits for its end: what the cluster
-/// needs for a pod of this shape, whoever makes it.
+/// The shape of a runner pod, with a program that tells the time and waits for its end.
 async fn shape(stage: &Stage) -> Result<PodSpec> {
     let id = dispatch(stage)?;
-    let pod = stage.a_pod("to take the shape of", |pod| pod.spec.is_some()).await?;
+    let shape = leak::shape(stage, "date +%s.%N; trap 'exit 0' TERM; sleep 600 & wait").await?;
     stage.succeeds("app", id).await?;
-    let mut spec = pod.spec.context("a pod has a spec")?;
-    spec.node_name = None;
-    let runner = spec.containers.first_mut().context("a runner")?;
-    runner.command = Some(["bash", "-c", "date +%s.%N; trap 'exit 0' TERM; sleep 600 & wait"].map(str::to_owned).to_vec());
-    Ok(spec)
+    Ok(shape)
 }
 
 /// The same program in a pod of one container and nothing else.
@@ -302,6 +303,17 @@ fn count_calls(log: &str) -> BTreeMap<(String, String), u32> {
         *calls.entry((kind.to_owned(), format!("{verb} {resource}"))).or_insert(0) += 1;
     }
     calls
+}
+
+/// How long the rounds of a proof took, on average over all proofs since the operator's start, from its metrics.
+fn proof_seconds(stage: &Stage) -> Result<f64> {
+    let mut get = stage.world.cluster.kubectl();
+    get.args(["-n", SYSTEM, "get", "pods", "-l", "app.kubernetes.io/name=mayfly", "-o", "jsonpath={.items[0].metadata.name}"]);
+    let pod = output(&mut get)?;
+    let path = format!("/api/v1/namespaces/{SYSTEM}/pods/{}:8081/proxy/metrics", pod.trim());
+    let metrics = output(stage.world.cluster.kubectl().args(["get", "--raw", &path]))?;
+    let value = |name: &str| metrics.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<f64>().ok()).with_context(|| name.to_owned());
+    Ok(value("mayfly_proof_seconds_sum ")? / value("mayfly_proof_seconds_count ")?)
 }
 
 /// The operator's memory with more and more pools.

@@ -1,8 +1,8 @@
 //! The whole story in the terminal: a push, a queued job, a locked-down pod of its own, its log, and nothing left.
 
 use std::collections::BTreeSet;
-use std::io::Write;
-use std::net::TcpListener;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -231,10 +231,20 @@ fn decoy(address: &str) -> Result<()> {
     let listener = TcpListener::bind(address).with_context(|| format!("listening on {address}"))?;
     for stream in listener.incoming() {
         // A client that left early is no reason to end.
-        let _ =
-            stream.and_then(|mut stream| stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\nConnection: close\r\n\r\nsecret\n"));
+        let Ok(stream) = stream else { continue };
+        std::thread::spawn(move || answer(stream));
     }
     Ok(())
+}
+
+/// Notes what a visitor says first, and answers.
+fn answer(mut stream: TcpStream) {
+    let mut said = [0; 100];
+    let read = stream.set_read_timeout(Some(Duration::from_millis(300))).and_then(|()| stream.read(&mut said));
+    let line = String::from_utf8_lossy(&said[..read.unwrap_or_default()]).lines().next().unwrap_or_default().to_owned();
+    say(&format!("visit {line}"));
+    // A visitor that left early is answered no more.
+    let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\nConnection: close\r\n\r\nsecret\n");
 }
 
 fn look_around(world: &World) {

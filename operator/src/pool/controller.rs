@@ -159,6 +159,15 @@ async fn reconcile(guarded: Arc<Guarded>, ctx: Arc<Context>) -> Result<Action, E
     let api: Api<PartialObjectMeta<RunnerPool>> = Api::namespaced(ctx.io.client(), &key.namespace);
     let meta = PartialObjectMeta { types: None, metadata: guarded.meta().clone(), _phantom: std::marker::PhantomData };
     let (pool, context) = (&guarded, &ctx);
+    let held = guarded.finalizers().iter().any(|finalizer| finalizer == FINALIZER_REGISTRATIONS);
+    if !held && !is_valid(&guarded) {
+        // Nothing was ever registered for it. A finalizer could not be taken off again: the API server refuses every change of an
+        // object that breaks its rules.
+        return match guarded.meta().deletion_timestamp {
+            None => serve(pool, context).boxed().await,
+            Some(_) => Ok(Action::await_change()),
+        };
+    }
     let result = finalizer(&api, FINALIZER_REGISTRATIONS, Arc::new(meta), |event| async move {
         match event {
             Event::Apply(_) => serve(pool, context).boxed().await,
@@ -167,10 +176,21 @@ async fn reconcile(guarded: Arc<Guarded>, ctx: Arc<Context>) -> Result<Action, E
     })
     .await;
     ctx.metrics.pass("done");
-    result.map_err(|error| match error {
-        kube::runtime::finalizer::Error::ApplyFailed(error) | kube::runtime::finalizer::Error::CleanupFailed(error) => error,
-        other => Error::Finalizer(other.to_string()),
-    })
+    match result {
+        Ok(action) => Ok(action),
+        Err(kube::runtime::finalizer::Error::ApplyFailed(error) | kube::runtime::finalizer::Error::CleanupFailed(error)) => Err(error),
+        Err(other) => {
+            if guarded.meta().deletion_timestamp.is_some() {
+                let note = format!("everything of the pool is gone, and its finalizer cannot be removed; is its spec valid? {other}");
+                ctx.io.warn(&guarded.object_ref(&()), "FinalizerRefused", "Finalize", &note).await;
+            }
+            Err(Error::Finalizer(other.to_string()))
+        }
+    }
+}
+
+fn is_valid(guarded: &Guarded) -> bool {
+    guarded.0.as_ref().is_ok_and(|pool| validate(pool).is_ok())
 }
 
 /// One pass over a pool that is there to stay.

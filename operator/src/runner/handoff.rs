@@ -92,11 +92,12 @@ async fn challenge(State(api): State<Arc<GateApi>>, headers: HeaderMap) -> Resul
 async fn proof(State(api): State<Arc<GateApi>>, headers: HeaderMap, report: Json<Report>) -> Result<StatusCode, Refusal> {
     let (_, pod, handle) = caller(&api, &headers).await?;
     let taken = pool::take(&api.ctx, &handle, &pod, &report).await;
-    api.ctx.metrics.proof(match &taken {
+    let outcome = match &taken {
         Taken::Enough => "enough",
         Taken::NotEnough(_) => "not_enough",
         Taken::Stale => "stale",
-    });
+    };
+    api.ctx.metrics.proof(outcome, report.took_ms);
     match taken {
         Taken::Enough => Ok(StatusCode::NO_CONTENT),
         Taken::NotEnough(_) => Err(Refusal(StatusCode::GONE, "the pod is not shown to be isolated")),

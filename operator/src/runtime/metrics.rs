@@ -5,6 +5,7 @@ use std::sync::Arc;
 use prometheus_client::encoding::{EncodeLabelSet, text::encode};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -29,6 +30,7 @@ pub(crate) struct Metrics {
     pods_deleted: Family<Outcome, Counter>,
     hand_overs: Family<Outcome, Counter>,
     proofs: Family<Outcome, Counter>,
+    proof_seconds: Histogram,
     deregistrations: Family<Outcome, Counter>,
     webhooks: Family<Outcome, Counter>,
     forge_errors: Family<Outcome, Counter>,
@@ -46,6 +48,7 @@ impl Metrics {
             pods_deleted: Family::default(),
             hand_overs: Family::default(),
             proofs: Family::default(),
+            proof_seconds: Histogram::new([0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0]),
             deregistrations: Family::default(),
             webhooks: Family::default(),
             forge_errors: Family::default(),
@@ -56,6 +59,7 @@ impl Metrics {
         registry.register("pods_deleted", "Runner pods deleted", metrics.pods_deleted.clone());
         registry.register("hand_overs", "Answers to gates", metrics.hand_overs.clone());
         registry.register("proofs", "Reports of gates on their pod's isolation", metrics.proofs.clone());
+        registry.register("proof_seconds", "How long the rounds of a proof took", metrics.proof_seconds.clone());
         registry.register("deregistrations", "Registrations removed other than by a job's end", metrics.deregistrations.clone());
         registry.register("webhooks", "Webhook deliveries", metrics.webhooks.clone());
         registry.register("forge_errors", "Passes that could not see the forge", metrics.forge_errors.clone());
@@ -92,8 +96,9 @@ impl Metrics {
         self.hand_overs.get_or_create(&Outcome { outcome }).inc();
     }
 
-    pub(crate) fn proof(&self, outcome: &'static str) {
+    pub(crate) fn proof(&self, outcome: &'static str, took_ms: u32) {
         self.proofs.get_or_create(&Outcome { outcome }).inc();
+        self.proof_seconds.observe(f64::from(took_ms) / 1_000.0);
     }
 
     pub(crate) fn deregistered(&self, outcome: &'static str) {

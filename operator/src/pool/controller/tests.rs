@@ -92,9 +92,24 @@ async fn a_pool_that_became_malformed_keeps_its_jobs_and_loses_what_is_over() {
 }
 
 #[tokio::test]
+async fn a_malformed_pool_gets_no_finalizer_which_could_not_be_taken_off_again() {
+    let server = Server::new([Answer::Object(malformed(&[]))]);
+    reconcile(guarded(&malformed(&[])), context(&server, &[])).await.expect("a pass");
+    assert_eq!(what(&server), ["PATCH /apis/mayfly.dev/v1alpha1/namespaces/team/runnerpools/ci/status"]);
+    let mut going = malformed(&["example.com/another"]);
+    going["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+    let server = Server::new([]);
+    reconcile(guarded(&going), context(&server, &[])).await.expect("nothing to do");
+    assert_eq!(server.calls(), []);
+}
+
+#[tokio::test]
 async fn without_its_finalizer_a_pool_is_not_served() {
+    let gitea = json!({"url": "https://git.example", "scope": {"organization": "acme"}, "tokenSecretRef": {"name": "t"}, "labels": ["linux"]});
+    let mut valid = malformed(&[]);
+    valid["spec"] = json!({"forge": {"gitea": gitea}});
     let server = Server::new([Answer::Refusal(403, "Forbidden")]);
-    let error = reconcile(guarded(&malformed(&[])), context(&server, &[])).await.expect_err("refused");
+    let error = reconcile(guarded(&valid), context(&server, &[])).await.expect_err("refused");
     assert!(matches!(error, Error::Finalizer(_)), "{error}");
     assert_eq!(what(&server), ["PATCH /apis/mayfly.dev/v1alpha1/namespaces/team/runnerpools/ci"]);
 }

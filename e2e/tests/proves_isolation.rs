@@ -1,0 +1,283 @@
+//! A pod gets a registration when it has shown that it is isolated, not before, and keeps it while that is so.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::core::v1::{Pod, Service};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
+use kube::api::{DeleteParams, LogParams, PostParams};
+use kube::{Api, ResourceExt};
+use mayfly_crds::names::ANNOTATION_JOB;
+use mayfly_e2e::stage::{PATIENCE, POOL, Stage, said, workflow};
+use mayfly_e2e::wait::eventually;
+use mayfly_e2e::world::{SYSTEM, built, repository};
+use mayfly_e2e::{World, leak, pool};
+use serde_json::{Value, json};
+
+/// What every proof has to say something about on a cluster of one node.
+const CLASSES: [&str; 7] = ["ApiServer", "Metadata", "Node", "Outside", "Pods", "Required", "Services"];
+/// Name of the policy that opens everything.
+const OPEN: &str = "open-wide";
+/// Tries every address of its arguments at once and says which of them took the connection.
+const TRY: &str = "import socket,sys,threading
+def go(a):
+    h,p=a.rsplit(':',1); f=socket.AF_INET6 if ':' in h else socket.AF_INET
+    s=socket.socket(f); s.settimeout(3)
+    try: s.connect((h.strip('[]'),int(p))); print('open='+a,flush=True)
+    except OSError: print('closed='+a,flush=True)
+ts=[threading.Thread(target=go,args=(a,)) for a in sys.argv[1:]]
+[t.start() for t in ts]; [t.join() for t in ts]; print('tried='+str(len(ts)),flush=True)";
+
+/// A policy that opens every pod of the namespace, as somebody might add beside Mayfly's: policies add up. It is made in the operator's
+/// name, who alone may.
+async fn open_wide(stage: &Stage) -> Result<()> {
+    let policy = json!({"metadata": {"name": OPEN}, "spec": {"podSelector": {}, "policyTypes": ["Egress"], "egress": [{}]}});
+    let policies: Api<NetworkPolicy> = Api::namespaced(stage.world.as_operator()?, &stage.namespace);
+    policies.create(&PostParams::default(), &serde_json::from_value(policy)?).await?;
+    Ok(())
+}
+
+async fn close_again(stage: &Stage) -> Result<()> {
+    let policies: Api<NetworkPolicy> = Api::namespaced(stage.world.as_operator()?, &stage.namespace);
+    policies.delete(OPEN, &DeleteParams::default()).await?;
+    Ok(())
+}
+
+async fn told(stage: &Stage, status: &str) -> Result<(String, String)> {
+    pool::condition(&stage.world, &stage.namespace, POOL, "IsolationProved", status).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_proved_is_told_by_node_and_class() -> Result<()> {
+    let stage = Stage::set("proved").await?;
+    let pool = stage.pool(|_| {}).await?;
+    stage.hook()?;
+    let (reason, _) = told(&stage, "Unknown").await?;
+    ensure!(reason == "NoProofYet", "{reason}");
+    let jobs = stage.push("app", &[("ci.yml", &workflow("push", "true"))], 1).await?;
+    stage.succeeds("app", jobs[0].id).await?;
+    told(&stage, "True").await?;
+    let nodes = stage.status().await?.isolation;
+    ensure!(nodes.len() == 1 && nodes[0].verdict == "Proved", "{nodes:?}");
+    let proved: Vec<&str> = nodes[0].classes.iter().filter(|class| class.verdict == "Proved").map(|class| class.class.as_str()).collect();
+    assert_eq!(proved, CLASSES, "{:?}", nodes[0].classes);
+    stage.nothing_left(&pool).await?;
+    stage.strike().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_registration_without_proof() -> Result<()> {
+    let stage = Stage::set("breach").await?;
+    let pool = stage.pool(|_| {}).await?;
+    stage.hook()?;
+    open_wide(&stage).await?;
+    let jobs = stage.push("app", &[("ci.yml", &workflow("push", "true"))], 1).await?;
+    let note = stage.event("IsolationBreach").await?;
+    for class in ["Pods (Breach)", "Services (Breach)", "Outside (Breach)", "ApiServer (Breach)", "Node (Breach)"] {
+        ensure!(note.contains(class), "{class} is not in the event: {note}");
+    }
+    let (reason, message) = told(&stage, "False").await?;
+    ensure!(reason == "IsolationBreach" && message.contains("answers the pod"), "{reason}: {message}");
+    let (reason, _) = pool::condition(&stage.world, &stage.namespace, POOL, "Ready", "False").await?;
+    ensure!(reason == "PodsFail", "{reason}");
+    // Nothing was registered for any of the pods that came and went, and nobody took the job.
+    let until = Instant::now() + Duration::from_secs(8);
+    while Instant::now() < until {
+        let registered = stage.registrations(&pool)?;
+        ensure!(registered.is_empty(), "a pod without a proof was registered: {registered:?}");
+        assert_eq!(stage.job("app", jobs[0].id)?.status, "queued");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    // The hole is closed: the next pod proves it, and the job runs.
+    close_again(&stage).await?;
+    stage.succeeds("app", jobs[0].id).await?;
+    told(&stage, "True").await?;
+    stage.nothing_left(&pool).await?;
+    stage.strike().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn warn_mode_says_so() -> Result<()> {
+    let stage = Stage::set("warn").await?;
+    let pool = stage.pool(|pool| pool["spec"]["isolation"] = json!({"enforcement": "Warn"})).await?;
+    stage.hook()?;
+    open_wide(&stage).await?;
+    let jobs = stage.push("app", &[("ci.yml", &workflow("push", "true"))], 1).await?;
+    stage.succeeds("app", jobs[0].id).await?;
+    let note = stage.event("IsolationBreach").await?;
+    ensure!(note.contains("runs jobs although"), "{note}");
+    let (reason, _) = told(&stage, "False").await?;
+    ensure!(reason == "IsolationBreach", "{reason}");
+    stage.nothing_left(&pool).await?;
+    stage.strike().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn breach_ends_the_job() -> Result<()> {
+    let stage = Stage::set("ends").await?;
+    let pool = stage.pool(|_| {}).await?;
+    stage.hook()?;
+    let jobs = stage.push("app", &[("ci.yml", &workflow("push", "sleep 300"))], 1).await?;
+    stage.a_pod("with its job", |pod| pod.annotations().contains_key(ANNOTATION_JOB)).await?;
+    open_wide(&stage).await?;
+    let note = stage.event("IsolationBreach").await?;
+    ensure!(note.contains("(Breach)"), "{note}");
+    let ended = stage.job_is("app", jobs[0].id, "completed").await?;
+    ensure!(ended.conclusion == "failure" || ended.conclusion == "cancelled", "{}", ended.conclusion);
+    stage.nothing_left(&pool).await?;
+    let failure = stage.status().await?.last_failure.context("a failure")?;
+    ensure!(failure.reason == "IsolationBreach", "{failure:?}");
+    stage.strike().await
+}
+
+/// The IPv4 rows of the operator's list, and all rows.
+fn endpoints() -> Result<(BTreeSet<SocketAddr>, BTreeSet<SocketAddr>)> {
+    let list = std::fs::read_to_string(repository().join("operator/src/isolation/metadata-endpoints.yaml"))?;
+    let mut all = BTreeSet::new();
+    for row in list.lines().filter(|line| line.contains("address: ")) {
+        let field = |name: &str| {
+            let rest = row.split(&format!("{name}: ")).nth(1)?;
+            Some(rest.split([',', '}']).next()?.trim().trim_matches('"').to_owned())
+        };
+        let (address, port) = field("address").zip(field("port")).with_context(|| row.to_owned())?;
+        let port: u16 = port.parse()?;
+        all.insert(SocketAddr::from((address.parse::<std::net::IpAddr>()?, if port == 0 { 80 } else { port })));
+    }
+    ensure!(all.len() > 20, "{all:?}");
+    Ok((all.iter().filter(|address| address.is_ipv4()).copied().collect(), all))
+}
+
+/// Runs [`TRY`] in a pod that no policy selects; returns what answers there.
+async fn unpoliced(world: &World, name: &str, targets: &BTreeSet<SocketAddr>) -> Result<BTreeSet<SocketAddr>> {
+    let api: Api<Pod> = Api::namespaced(world.client.clone(), SYSTEM);
+    let mut command = vec!["python3".to_owned(), "-c".to_owned(), TRY.to_owned()];
+    command.extend(targets.iter().map(ToString::to_string));
+    let pod: Pod = serde_json::from_value(json!({"metadata": {"name": name}, "spec": {"restartPolicy": "Never", "terminationGracePeriodSeconds": 0,
+        "containers": [{"name": "try", "image": "mayfly.test/gitea-runner:dev", "imagePullPolicy": "Never", "command": command}]}}))?;
+    api.create(&PostParams::default(), &pod).await?;
+    let log = eventually("the control's word", PATIENCE, || async {
+        let log = api.logs(name, &LogParams::default()).await?;
+        Ok(log.contains("tried=").then_some(log))
+    })
+    .await?;
+    api.delete(name, &DeleteParams::default()).await?;
+    Ok(opened(&log))
+}
+
+/// The same in a job.
+async fn in_a_job(stage: &Stage, targets: &BTreeSet<SocketAddr>) -> Result<BTreeSet<SocketAddr>> {
+    let list = targets.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+    let script = format!("cat > /tmp/try.py <<'E'\n{TRY}\nE\npython3 /tmp/try.py {list}");
+    let jobs = stage.push("app", &[("ci.yml", &workflow("push", &script))], 1).await?;
+    let log = stage.succeeds("app", jobs[0].id).await?;
+    let tried = said(&log, "tried=").context("the job says how many it tried")?;
+    assert_eq!(tried, targets.len().to_string());
+    Ok(log.lines().filter_map(|line| line.split_once(' ')).filter_map(|(_, text)| text.strip_prefix("open=")).filter_map(|a| a.trim().parse().ok()).collect())
+}
+
+fn opened(log: &str) -> BTreeSet<SocketAddr> {
+    log.lines().filter_map(|line| line.strip_prefix("open=")).filter_map(|address| address.trim().parse().ok()).collect()
+}
+
+/// Every row of the list, against decoys that answer whoever has no policy. The cluster has no IPv6: those rows are tried, and that
+/// they are silent shows nothing here.
+#[tokio::test(flavor = "multi_thread")]
+async fn metadata_is_unreachable() -> Result<()> {
+    let stage = Stage::set("meta").await?;
+    let pool = stage.pool(|pool| pool["spec"]["isolation"] = json!({"egress": {"internet": true}})).await?;
+    stage.hook()?;
+    let (ipv4, all) = endpoints()?;
+    let demo = built()?.join("demo").display().to_string();
+    for address in &ipv4 {
+        stage.world.cluster.add_outside_address(&format!("{}/32", address.ip()))?;
+        let name = format!("decoy-{}", address.to_string().replace(['.', ':'], "-"));
+        stage.world.cluster.start_outside(&name, &[&demo, "decoy", &address.to_string()])?;
+    }
+    let answers = unpoliced(&stage.world, &stage.namespace, &ipv4).await?;
+    assert_eq!(answers, ipv4, "the decoys answer where no policy stands in the way");
+    let open = in_a_job(&stage, &all).await?;
+    ensure!(open.is_empty(), "a job reached {open:?}");
+    stage.nothing_left(&pool).await?;
+    stage.strike().await
+}
+
+/// Services without a selector that lead to the node's kubelet and to a metadata address.
+#[tokio::test(flavor = "multi_thread")]
+async fn service_redirect_is_blocked() -> Result<()> {
+    let stage = Stage::set("redir").await?;
+    let pool = stage.pool(|_| {}).await?;
+    stage.hook()?;
+    let decoy = "100.100.100.200";
+    stage.world.cluster.add_outside_address(&format!("{decoy}/32"))?;
+    stage.world.cluster.start_outside("decoy-100-100-100-200-80", &[&built()?.join("demo").display().to_string(), "decoy", &format!("{decoy}:80")])?;
+    let node = stage.world.cluster.layout().addresses().node.to_string();
+    let mut targets = BTreeSet::new();
+    for (name, address, port) in [("kubelet", node.as_str(), 10_250), ("metadata", decoy, 80)] {
+        targets.insert(redirect(&stage, name, address, port).await?);
+    }
+    let answers = unpoliced(&stage.world, &stage.namespace, &targets).await?;
+    assert_eq!(answers, targets, "the Services lead somewhere");
+    let open = in_a_job(&stage, &targets).await?;
+    ensure!(open.is_empty(), "a job reached {open:?} through a Service");
+    stage.nothing_left(&pool).await?;
+    stage.strike().await
+}
+
+async fn redirect(stage: &Stage, name: &str, address: &str, port: u16) -> Result<SocketAddr> {
+    let services: Api<Service> = Api::namespaced(stage.world.client.clone(), &stage.namespace);
+    let slices: Api<EndpointSlice> = Api::namespaced(stage.world.client.clone(), &stage.namespace);
+    let service: Service = serde_json::from_value(json!({"metadata": {"name": name}, "spec": {"ports": [{"port": 80}]}}))?;
+    let slice: EndpointSlice = serde_json::from_value(json!({
+        "metadata": {"name": name, "labels": {"kubernetes.io/service-name": name}}, "addressType": "IPv4",
+        "ports": [{"name": "", "port": port, "protocol": "TCP"}], "endpoints": [{"addresses": [address], "conditions": {"ready": true}}]}))?;
+    let made = services.create(&PostParams::default(), &service).await?;
+    slices.create(&PostParams::default(), &slice).await?;
+    let ip: Value = serde_json::to_value(made.spec.and_then(|spec| spec.cluster_ip))?;
+    Ok(SocketAddr::from((ip.as_str().context("a ClusterIP")?.parse::<std::net::IpAddr>()?, 80)))
+}
+
+/// Pods of a runner's shape whose very first instruction connects to an address that is closed to them.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_leak_at_start() -> Result<()> {
+    let stage = Stage::set("leak").await?;
+    let pool = stage.pool(|_| {}).await?;
+    stage.hook()?;
+    stage.push("app", &[("ci.yml", &workflow("push", "true"))], 1).await?;
+    let shape = leak::shape(&stage, "true").await?;
+    let control = leak::leaks(&stage, &shape, 1, false).await?;
+    ensure!(!control.visits.is_empty(), "a pod without policy does not get out either: {control:?}");
+    let found = leak::leaks(&stage, &shape, 30, true).await?;
+    ensure!(found.visits.is_empty(), "{} of {} starts leaked: {:?}", found.visits.len(), found.starts, found.visits);
+    stage.nothing_left(&pool).await?;
+    stage.strike().await
+}
+
+/// Policies are the pool's, not the pods': they stand as long as the namespace has pods, even while it goes.
+#[tokio::test(flavor = "multi_thread")]
+async fn policies_outlive_pods() -> Result<()> {
+    let stage = Stage::set("outlive").await?;
+    stage.pool(|_| {}).await?;
+    stage.hook()?;
+    stage.push("app", &[("ci.yml", &workflow("push", "sleep 300"))], 1).await?;
+    stage.a_pod("with its job", |pod| pod.annotations().contains_key(ANNOTATION_JOB)).await?;
+    let namespaces: Api<k8s_openapi::api::core::v1::Namespace> = Api::all(stage.world.client.clone());
+    let policies: Api<NetworkPolicy> = Api::namespaced(stage.world.client.clone(), &stage.namespace);
+    namespaces.delete(&stage.namespace, &DeleteParams::background()).await?;
+    let began = Instant::now();
+    loop {
+        // Policies first: a pod that is seen after them was there while they were.
+        let standing = policies.get_opt(&format!("mayfly-{POOL}-deny")).await?.is_some();
+        let pods = stage.pods().await?;
+        ensure!(standing || pods.is_empty(), "the policies went before {:?}", pods.iter().map(ResourceExt::name_any).collect::<Vec<_>>());
+        if pods.is_empty() {
+            break;
+        }
+        ensure!(began.elapsed() < PATIENCE, "the pods stay");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    eventually("the namespace gone", PATIENCE, || async { Ok(namespaces.get_opt(&stage.namespace).await?.is_none().then_some(())) }).await?;
+    stage.strike().await
+}
