@@ -88,6 +88,12 @@ impl Stage {
     pub async fn pool(&self, change: impl FnOnce(&mut Value)) -> Result<RunnerPool> {
         let applied = self.unready_pool(change).await?;
         pool::condition(&self.world, &self.namespace, POOL, "Ready", "True").await?;
+        // A new pool makes a pod for the sake of the proof alone.
+        eventually("the pool's first proof", PATIENCE, || async {
+            let warm = applied.spec.scale.warm as usize;
+            Ok((!self.status().await?.isolation.is_empty() && self.pods().await?.len() <= warm).then_some(()))
+        })
+        .await?;
         Ok(applied)
     }
 

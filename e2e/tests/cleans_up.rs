@@ -37,8 +37,9 @@ async fn a_cancelled_job_leaves_nothing() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_cancelled_before_it_had_a_runner_leaves_nothing() -> Result<()> {
     let stage = Stage::set("early").await?;
+    stage.pool(|_| {}).await?;
     // No node has this label: the pod waits.
-    let pool = stage.pool(|pool| pool["spec"]["runner"]["nodeSelector"] = json!({"mayfly.test/absent": "true"})).await?;
+    let pool = stage.unready_pool(|pool| pool["spec"]["runner"]["nodeSelector"] = json!({"mayfly.test/absent": "true"})).await?;
     stage.hook()?;
     let jobs = stage.push("app", &[("ci.yml", &workflow("push", LONG))], 1).await?;
     stage.a_pod("waiting for a node", |_| true).await?;
@@ -106,7 +107,8 @@ async fn a_pod_past_its_storage_limit_is_evicted_and_told() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_unknown_image_is_told_and_leaves_nothing_and_is_mended_by_a_good_one() -> Result<()> {
     let stage = Stage::set("image").await?;
-    let pool = stage.pool(|pool| pool["spec"]["runner"]["image"] = json!("mayfly.test/no-such-image:1")).await?;
+    stage.pool(|_| {}).await?;
+    let pool = stage.unready_pool(|pool| pool["spec"]["runner"]["image"] = json!("mayfly.test/no-such-image:1")).await?;
     stage.hook()?;
     let jobs = stage.push("app", &[("ci.yml", &workflow("push", "true"))], 1).await?;
     let told = stage.event("ErrImageNeverPull").await?;
@@ -124,8 +126,9 @@ async fn an_unknown_image_is_told_and_leaves_nothing_and_is_mended_by_a_good_one
 #[tokio::test(flavor = "multi_thread")]
 async fn no_room_is_told_with_the_schedulers_words() -> Result<()> {
     let stage = Stage::set("room").await?;
+    stage.pool(|_| {}).await?;
     stage
-        .pool(|pool| {
+        .unready_pool(|pool| {
             pool["spec"]["runner"]["resources"] = json!({"requests": {"cpu": "900"}, "limits": {"cpu": "900"}});
             pool["spec"]["deadlines"] = json!({"start": "3s"});
         })

@@ -96,10 +96,12 @@ async fn one_job_only() -> Result<()> {
     // registration, it would take the second job into the same pod.
     let hostile = "nohup setsid bash -c 'cd ~; for i in 1 2 3 4 5; do pkill -9 gitea-runner; \
         gitea-runner daemon --config /etc/gitea-runner.yaml; sleep 0.5; done' > ~/again.log 2>&1 & sleep 30";
-    let first = stage.push("one", &[("ci.yml", &workflow("push", hostile))], 1).await?;
+    let tell = workflow("workflow_dispatch", "echo host=$(cat /proc/sys/kernel/hostname)");
+    let first = stage.push("one", &[("ci.yml", &workflow("push", hostile)), ("second.yml", &tell)], 1).await?;
     let pod = stage.a_pod("with the first job", |pod| pod.metadata.annotations.iter().flatten().any(|(key, _)| key == ANNOTATION_JOB)).await?;
-    let second = stage.push("one", &[("second.yml", &workflow("push", "echo host=$(cat /proc/sys/kernel/hostname)"))], 1).await?;
-    let log = stage.succeeds("one", second.last().context("a second job")?.id).await?;
+    let run = stage.forge.dispatch(&stage.organization.name, "one", "second.yml", "main", &json!({}))?;
+    let second = stage.forge.run_jobs(&stage.organization.name, "one", run)?.pop().context("a second job")?;
+    let log = stage.succeeds("one", second.id).await?;
     let host = said(&log, "host=").context("where it ran")?;
     ensure!(Some(host) != pod.metadata.name.as_deref(), "two jobs in one pod");
     let ended = stage.job_is("one", first[0].id, "completed").await?;

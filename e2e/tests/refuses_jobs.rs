@@ -113,6 +113,12 @@ async fn of_two_pools_for_the_same_job_the_older_one_serves_it() -> Result<()> {
     let (_, names) = pool::condition(&stage.world, &stage.namespace, "younger", "Overlapping", "True").await?;
     ensure!(names.contains(&format!("{}/{POOL}", stage.namespace)), "{names}");
     pool::condition(&stage.world, &stage.namespace, POOL, "Overlapping", "False").await?;
+    // It has proved its isolation, and the pod for that is gone.
+    pool::condition(&stage.world, &stage.namespace, "younger", "IsolationProved", "True").await?;
+    eventually("the younger pool's pod gone", PATIENCE, || async {
+        Ok(pool::pods(&stage.world, &stage.namespace, "younger").await?.is_empty().then_some(()))
+    })
+    .await?;
     stage.hook()?;
     let jobs = stage.push("app", &[("ci.yml", &workflow("push", "echo host=$(cat /proc/sys/kernel/hostname)"))], 1).await?;
     let log = stage.succeeds("app", jobs[0].id).await?;

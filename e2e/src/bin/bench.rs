@@ -107,7 +107,8 @@ async fn bench(arguments: &Arguments) -> Result<()> {
     figures.add("proof_rounds_mean", proof_seconds(&stage)?, "s");
     burst(&stage, &served, &mut figures).await?;
     if !arguments.quick {
-        let found = leak::leaks(&stage, &shape, STARTS, true).await?;
+        let found = leak::leaks(&stage, STARTS).await?;
+        stage.nothing_left(&served).await?;
         figures.add(format!("leaks_in_{STARTS}_starts"), found.visits.len() as f64, "tries");
         memory(&stage, &mut figures).await?;
     }

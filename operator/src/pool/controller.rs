@@ -23,6 +23,7 @@ use tokio_util::task::TaskTracker;
 use super::apply::{self, apply};
 use super::gather::{self, gather};
 use super::plan::{Input, Plan, Role, plan, plan_blind};
+use super::proof;
 use super::registry::{PoolHandle, PoolKey, Pools};
 use super::status::{self, Outcome, UserNamespaces, status};
 use super::validate::{Pool, validate};
@@ -212,7 +213,14 @@ async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
             return Ok(Action::await_change());
         }
     };
-    handle.state().enforcement = pool.spec.isolation.enforcement;
+    {
+        let mut state = handle.state();
+        state.enforcement = pool.spec.isolation.enforcement;
+        // What an earlier process was told holds for a while.
+        if state.proved.is_none() && !stored.isolation.is_empty() {
+            state.proved = Some(ctx.now());
+        }
+    }
     let observed = match gather(ctx, &pool, &handle).await {
         Ok(observed) => observed,
         Err(error) => {
@@ -261,6 +269,7 @@ fn input(ctx: &Context, pool: &Pool, handle: &PoolHandle, observed: &gather::Obs
         now: ctx.now(),
         max: pool.spec.scale.max,
         warm: pool.spec.scale.warm,
+        probe: proof::is_wanted(ctx, handle),
         deadlines: pool.deadlines,
         queued: observed.queued.clone(),
         pods: observed.pods.clone(),

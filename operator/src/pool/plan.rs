@@ -29,6 +29,8 @@ pub(crate) struct Input {
     pub(crate) now: Timestamp,
     pub(crate) max: u32,
     pub(crate) warm: u32,
+    /// A pod is wanted for the sake of the proof of isolation alone.
+    pub(crate) probe: bool,
     pub(crate) deadlines: Deadlines,
     /// Accepted jobs that wait, oldest first.
     pub(crate) queued: Vec<OwedJob>,
@@ -151,7 +153,7 @@ pub(crate) fn plan(input: &Input) -> Plan {
     plan.pause.extend(needless);
     plan.owed = owed;
 
-    let wanted = plan.owed.len() + input.warm as usize;
+    let wanted = (plan.owed.len() + input.warm as usize).max(usize::from(input.probe));
     let room = (input.max as usize).saturating_sub(input.pods.len());
     let may_create = input.not_before.is_none_or(|time| time <= input.now);
     if may_create {

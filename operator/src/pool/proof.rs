@@ -26,6 +26,12 @@ const UNUSED_PORT: u16 = 1;
 /// Most nodes told in a status.
 const NODES_TOLD: usize = 50;
 
+/// Without jobs a pod is made for the sake of the proof this often; more often where the last one was not one.
+const PROVE_EVERY: SignedDuration = SignedDuration::from_hours(1);
+const PROVE_AGAIN: SignedDuration = SignedDuration::from_mins(5);
+/// Pools that make such a pod at the same time.
+const PROBING: usize = 5;
+
 /// What is known of one pod's isolation.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct PodProof {
@@ -77,6 +83,13 @@ impl PoolState {
         silent.then(|| Reason::new(reasons::ISOLATION_UNPROVEN, message()))
     }
 
+    /// Whether it is time for a proof although no job asks for a pod.
+    fn is_due(&self, now: Timestamp) -> bool {
+        let proved = self.isolation.values().all(|node| parse(&node.verdict) == Verdict::Proved);
+        let every = if proved { PROVE_EVERY } else { PROVE_AGAIN };
+        self.proved.is_none_or(|at| now.duration_since(at) > every)
+    }
+
     fn suffices(&self, verdict: Verdict) -> bool {
         verdict == Verdict::Proved || self.enforcement == Enforcement::Warn
     }
@@ -96,6 +109,7 @@ impl PoolState {
         }
         let classes = weigh(&asked, report);
         let verdict = worst(&classes);
+        self.proved = Some(now);
         known.last = Some(Proof { at: now, policies, verdict, classes: classes.clone() });
         let entry = NodeIsolation { node: node.to_owned(), verdict: verdict.as_str().to_owned(), since: Time(now), classes };
         let changed = self.isolation.get(node).is_none_or(|old| !same_verdicts(old, &entry));
@@ -108,6 +122,19 @@ impl PoolState {
         };
         (taken, changed.then_some(entry))
     }
+}
+
+/// Whether a pod is wanted for the sake of the proof alone: for a pool that is new, and from time to time.
+pub(super) fn is_wanted(ctx: &Context, handle: &PoolHandle) -> bool {
+    let now = ctx.now();
+    let (due, probing) = {
+        let state = handle.state();
+        (state.is_due(now), state.probing)
+    };
+    let others = || ctx.registry.all().iter().filter(|other| other.key != handle.key && other.state().probing).count();
+    let wanted = due && (probing || others() < PROBING);
+    handle.state().probing = wanted;
+    wanted
 }
 
 /// What a gate is to try. `None` where the pool is not ready to tell: its policies were not applied yet.
@@ -374,6 +401,18 @@ pub(super) mod tests {
         assert!(state.unproved("p", Some(now()), late).is_some());
         assert!(state.unproved("p", None, late).is_none(), "a pod without a registration is asked again before it gets one");
         assert!(state.unproved("adopted", Some(late), late).is_none(), "an adopted runner has time to report");
+    }
+
+    #[test]
+    fn a_proof_is_due_at_first_from_time_to_time_and_sooner_after_a_failure() {
+        let mut state = asked(Enforcement::Require);
+        assert!(state.is_due(now()));
+        state.take_report("p", "node1", &report(), now());
+        assert!(!state.is_due(now() + SignedDuration::from_mins(59)) && state.is_due(now() + SignedDuration::from_mins(61)));
+        let mark = state.policies_mark().expect("a mark");
+        state.ask("p", challenge(), mark);
+        state.take_report("p", "node1", &Report { forbidden: Vec::new(), ..report() }, now());
+        assert!(!state.is_due(now() + SignedDuration::from_mins(4)) && state.is_due(now() + SignedDuration::from_mins(6)));
     }
 
     #[test]

@@ -134,6 +134,10 @@ pub(crate) struct PoolState {
     pub(crate) proofs: BTreeMap<String, PodProof>,
     /// What was last found on each node.
     pub(crate) isolation: BTreeMap<String, NodeIsolation>,
+    /// When a runner pod last told what it found.
+    pub(crate) proved: Option<Timestamp>,
+    /// A pod is made, or waits, for the sake of the proof alone.
+    pub(crate) probing: bool,
     /// Policies as last applied: a digest of all, and each one's resource version.
     pub(crate) policies: Option<(String, BTreeMap<String, String>)>,
     /// When the status was last written.

@@ -23,7 +23,7 @@ fn pod(name: &str, role: Role) -> PodFacts {
 fn input(max: u32, queued: Vec<OwedJob>, pods: Vec<PodFacts>) -> Input {
     let deadlines =
         Deadlines { start: SignedDuration::from_mins(5), idle: SignedDuration::from_mins(5), job: SignedDuration::from_hours(6) };
-    Input { now: now(), max, warm: 0, deadlines, queued, pods, not_before: None }
+    Input { now: now(), max, warm: 0, probe: false, deadlines, queued, pods, not_before: None }
 }
 
 fn busy(refused: Option<Refusal>) -> Role {
@@ -48,6 +48,17 @@ fn a_registered_runner_serves_the_job_it_was_made_for_and_no_other_repository() 
     assert_eq!((plan_.create, plan_.owed), (0, vec![]));
     let plan_ = plan(&input(10, vec![job(2)], vec![pod("a", idle_for(job(3), 1))]));
     assert_eq!(plan_.create, 1);
+}
+
+#[test]
+fn a_pod_for_the_proof_is_made_where_none_waits_and_goes_when_it_has_served() {
+    let probe = |probe: bool, queued: Vec<OwedJob>, pods: Vec<PodFacts>| plan(&Input { probe, ..input(10, queued, pods) });
+    assert_eq!(probe(true, vec![], vec![]).create, 1);
+    assert_eq!(probe(true, vec![job(1), job(2)], vec![]).create, 2, "the jobs' pods prove it as well");
+    let waits = || vec![pod("a", Role::Waiting { ready: false })];
+    assert_eq!((probe(true, vec![], waits()).create, probe(true, vec![], waits()).delete.len()), (0, 0));
+    let after = probe(false, vec![], waits());
+    assert!(after.delete[0].unless_taken && after.delete[0].failure.is_none());
 }
 
 #[test]
