@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use k8s_openapi::api::core::v1::{Pod, PodSpec};
-use kube::api::{Api, DeleteParams, LogParams, PostParams};
 use kube::ResourceExt;
+use kube::api::{Api, DeleteParams, LogParams, PostParams};
 use mayfly_cluster::command::random_hex;
 use mayfly_crds::names::RUNNER_CONTAINER;
 use serde_json::json;
@@ -87,8 +87,10 @@ pub async fn control(stage: &Stage) -> Result<BTreeSet<String>> {
     let mark = open_target(stage)?;
     let api: Api<Pod> = Api::namespaced(stage.world.client.clone(), SYSTEM);
     let name = format!("leak-{mark}");
-    let pod: Pod = serde_json::from_value(json!({"metadata": {"name": name}, "spec": {"restartPolicy": "Never", "terminationGracePeriodSeconds": 0,
-        "containers": [{"name": "try", "image": "mayfly.test/gitea-runner:dev", "imagePullPolicy": "Never", "command": ["bash", "-c", script(&mark)]}]}}))?;
+    let pod: Pod = serde_json::from_value(
+        json!({"metadata": {"name": name}, "spec": {"restartPolicy": "Never", "terminationGracePeriodSeconds": 0,
+        "containers": [{"name": "try", "image": "mayfly.test/gitea-runner:dev", "imagePullPolicy": "Never", "command": ["bash", "-c", script(&mark)]}]}}),
+    )?;
     api.create(&PostParams::default(), &pod).await?;
     tried(&api, &name, "try").await?;
     api.delete(&name, &DeleteParams::default()).await?;

@@ -98,7 +98,8 @@ async fn one_job_only() -> Result<()> {
         gitea-runner daemon --config /etc/gitea-runner.yaml; sleep 0.5; done' > ~/again.log 2>&1 & sleep 30";
     let tell = workflow("workflow_dispatch", "echo host=$(cat /proc/sys/kernel/hostname)");
     let first = stage.push("one", &[("ci.yml", &workflow("push", hostile)), ("second.yml", &tell)], 1).await?;
-    let pod = stage.a_pod("with the first job", |pod| pod.metadata.annotations.iter().flatten().any(|(key, _)| key == ANNOTATION_JOB)).await?;
+    let pod =
+        stage.a_pod("with the first job", |pod| pod.metadata.annotations.iter().flatten().any(|(key, _)| key == ANNOTATION_JOB)).await?;
     let run = stage.forge.dispatch(&stage.organization.name, "one", "second.yml", "main", &json!({}))?;
     let second = stage.forge.run_jobs(&stage.organization.name, "one", run)?.pop().context("a second job")?;
     let log = stage.succeeds("one", second.id).await?;

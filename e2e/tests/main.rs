@@ -1,5 +1,6 @@
 //! End-to-end tests, named by promise. They need a cluster that is up with the operator installed: `make test` sees to both.
 
+mod admission_refuses;
 mod cleans_up;
 mod hides_secrets;
 mod leaves_nothing_to_find;

@@ -10,7 +10,7 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::api::{DeleteParams, LogParams, PostParams};
 use kube::{Api, ResourceExt};
-use mayfly_crds::names::ANNOTATION_JOB;
+use mayfly_crds::names::{ANNOTATION_JOB, LABEL_MANAGED_BY, LABEL_POOL, MANAGED_BY};
 use mayfly_e2e::stage::{PATIENCE, POOL, Stage, said, workflow};
 use mayfly_e2e::wait::eventually;
 use mayfly_e2e::world::{SYSTEM, built, repository};
@@ -32,9 +32,9 @@ ts=[threading.Thread(target=go,args=(a,)) for a in sys.argv[1:]]
 [t.start() for t in ts]; [t.join() for t in ts]; print('tried='+str(len(ts)),flush=True)";
 
 /// A policy that opens every pod of the namespace, as somebody might add beside Mayfly's: policies add up. It is made in the operator's
-/// name, who alone may.
+/// name, who alone may, and as one of its own.
 async fn open_wide(stage: &Stage) -> Result<()> {
-    let policy = json!({"metadata": {"name": OPEN}, "spec": {"podSelector": {}, "policyTypes": ["Egress"], "egress": [{}]}});
+    let policy = json!({"metadata": {"name": OPEN, "labels": {LABEL_MANAGED_BY: MANAGED_BY, LABEL_POOL: "another"}}, "spec": {"podSelector": {}, "policyTypes": ["Egress"], "egress": [{}]}});
     let policies: Api<NetworkPolicy> = Api::namespaced(stage.world.as_operator()?, &stage.namespace);
     policies.create(&PostParams::default(), &serde_json::from_value(policy)?).await?;
     Ok(())
@@ -150,7 +150,8 @@ async fn unpoliced(world: &World, name: &str, targets: &BTreeSet<SocketAddr>) ->
     let api: Api<Pod> = Api::namespaced(world.client.clone(), SYSTEM);
     let mut command = vec!["python3".to_owned(), "-c".to_owned(), TRY.to_owned()];
     command.extend(targets.iter().map(ToString::to_string));
-    let pod: Pod = serde_json::from_value(json!({"metadata": {"name": name}, "spec": {"restartPolicy": "Never", "terminationGracePeriodSeconds": 0,
+    let pod: Pod =
+        serde_json::from_value(json!({"metadata": {"name": name}, "spec": {"restartPolicy": "Never", "terminationGracePeriodSeconds": 0,
         "containers": [{"name": "try", "image": "mayfly.test/gitea-runner:dev", "imagePullPolicy": "Never", "command": command}]}}))?;
     api.create(&PostParams::default(), &pod).await?;
     let log = eventually("the control's word", PATIENCE, || async {
@@ -170,7 +171,12 @@ async fn in_a_job(stage: &Stage, targets: &BTreeSet<SocketAddr>) -> Result<BTree
     let log = stage.succeeds("app", jobs[0].id).await?;
     let tried = said(&log, "tried=").context("the job says how many it tried")?;
     assert_eq!(tried, targets.len().to_string());
-    Ok(log.lines().filter_map(|line| line.split_once(' ')).filter_map(|(_, text)| text.strip_prefix("open=")).filter_map(|a| a.trim().parse().ok()).collect())
+    Ok(log
+        .lines()
+        .filter_map(|line| line.split_once(' '))
+        .filter_map(|(_, text)| text.strip_prefix("open="))
+        .filter_map(|a| a.trim().parse().ok())
+        .collect())
 }
 
 fn opened(log: &str) -> BTreeSet<SocketAddr> {
@@ -207,7 +213,10 @@ async fn service_redirect_is_blocked() -> Result<()> {
     stage.hook()?;
     let decoy = "100.100.100.200";
     stage.world.cluster.add_outside_address(&format!("{decoy}/32"))?;
-    stage.world.cluster.start_outside("decoy-100-100-100-200-80", &[&built()?.join("demo").display().to_string(), "decoy", &format!("{decoy}:80")])?;
+    stage
+        .world
+        .cluster
+        .start_outside("decoy-100-100-100-200-80", &[&built()?.join("demo").display().to_string(), "decoy", &format!("{decoy}:80")])?;
     let node = stage.world.cluster.layout().addresses().node.to_string();
     let mut targets = BTreeSet::new();
     for (name, address, port) in [("kubelet", node.as_str(), 10_250), ("metadata", decoy, 80)] {
@@ -271,6 +280,7 @@ async fn policies_outlive_pods() -> Result<()> {
         ensure!(began.elapsed() < PATIENCE, "the pods stay");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    eventually("the namespace gone", PATIENCE, || async { Ok(namespaces.get_opt(&stage.namespace).await?.is_none().then_some(())) }).await?;
+    eventually("the namespace gone", PATIENCE, || async { Ok(namespaces.get_opt(&stage.namespace).await?.is_none().then_some(())) })
+        .await?;
     stage.strike().await
 }

@@ -254,7 +254,8 @@ impl<'a> Lanes<'a> {
             let open = self.wait(|board| {
                 // The most urgent part is not for the lane that gives way.
                 let may = !spare || !board.compiling.is_empty();
-                board.taken.len() == self.missing.len() || (may && self.missing.iter().any(|(part, _)| is_ready(part, board, self.selection)))
+                board.taken.len() == self.missing.len()
+                    || (may && self.missing.iter().any(|(part, _)| is_ready(part, board, self.selection)))
             });
             if !open {
                 return Ok(());

@@ -313,7 +313,8 @@ fn proof_seconds(stage: &Stage) -> Result<f64> {
     let pod = output(&mut get)?;
     let path = format!("/api/v1/namespaces/{SYSTEM}/pods/{}:8081/proxy/metrics", pod.trim());
     let metrics = output(stage.world.cluster.kubectl().args(["get", "--raw", &path]))?;
-    let value = |name: &str| metrics.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<f64>().ok()).with_context(|| name.to_owned());
+    let value =
+        |name: &str| metrics.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<f64>().ok()).with_context(|| name.to_owned());
     Ok(value("mayfly_proof_seconds_sum ")? / value("mayfly_proof_seconds_count ")?)
 }
 

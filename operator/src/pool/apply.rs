@@ -13,8 +13,8 @@ use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::runtime::reflector::ObjectRef;
 use kube::{Resource, ResourceExt};
-use mayfly_crds::{Failure, RunnerPool};
 use mayfly_crds::names::{ANNOTATION_JOB, ANNOTATION_WORKFLOW, LABEL_MANAGED_BY, MANAGED_BY, RUNNER_SERVICE_ACCOUNT, RunnerName};
+use mayfly_crds::{Failure, RunnerPool};
 use sha2::{Digest, Sha256};
 
 use super::controller::Context;
@@ -207,7 +207,9 @@ async fn note_failure(ctx: &Context, pool: &Pool, handle: &PoolHandle, deletion:
         });
     }
     tracing::warn!(pool = %pool.key, pod = deletion.name, reason = failure.reason, message = failure.message, "runner failed");
-    ctx.io.warn(&reference_to(&pool.key, &pool.uid), &failure.reason, "DeletePod", &format!("{}: {}", deletion.name, failure.message)).await;
+    ctx.io
+        .warn(&reference_to(&pool.key, &pool.uid), &failure.reason, "DeletePod", &format!("{}: {}", deletion.name, failure.message))
+        .await;
 }
 
 /// A pool as events name it.

@@ -200,7 +200,8 @@ async fn surroundings(ctx: &Context, handle: &PoolHandle, pod: Option<&Pod>) -> 
     let slices = ctx.api_endpoints.state();
     let endpoints = slices.iter().flat_map(|slice| {
         let ports: Vec<u16> = slice.ports.iter().flatten().filter_map(|port| u16::try_from(port.port?).ok()).collect();
-        let addresses = slice.endpoints.iter().flat_map(|endpoint| &endpoint.addresses).filter_map(|address| address.parse::<IpAddr>().ok());
+        let addresses =
+            slice.endpoints.iter().flat_map(|endpoint| &endpoint.addresses).filter_map(|address| address.parse::<IpAddr>().ok());
         addresses.flat_map(move |address| ports.clone().into_iter().map(move |port| SocketAddr::from((address, port)))).collect::<Vec<_>>()
     });
     let sentinels = ctx.sentinels.find(&ctx.settings.sentinel_service, &ctx.settings.sentinel_pods).await;
@@ -223,7 +224,11 @@ fn address(node: &Node) -> Option<IpAddr> {
 
 /// What a report shows, by class, with what it should have shown and did not.
 fn weigh(asked: &Challenge, report: &Report) -> Vec<ClassIsolation> {
-    let class = |class: &str, verdict: Verdict, message: String| ClassIsolation { class: class.to_owned(), verdict: verdict.as_str().to_owned(), message };
+    let class = |class: &str, verdict: Verdict, message: String| ClassIsolation {
+        class: class.to_owned(),
+        verdict: verdict.as_str().to_owned(),
+        message,
+    };
     let findings = judge(&asked.forbidden, &report.forbidden);
     let missing = WHOLE.iter().filter(|class| findings.iter().all(|finding| finding.class != **class));
     let mut classes: Vec<ClassIsolation> = missing
@@ -231,7 +236,9 @@ fn weigh(asked: &Challenge, report: &Report) -> Vec<ClassIsolation> {
         .collect();
     let too_few = report.clean < asked.rounds && report.required && findings.iter().all(|finding| finding.verdict != Verdict::Breach);
     classes.extend(findings.into_iter().map(|finding| match finding.verdict {
-        Verdict::Proved if too_few => class(finding.class.as_str(), Verdict::Unproven, "it was closed in too few rounds in a row".to_owned()),
+        Verdict::Proved if too_few => {
+            class(finding.class.as_str(), Verdict::Unproven, "it was closed in too few rounds in a row".to_owned())
+        }
         verdict => class(finding.class.as_str(), verdict, finding.message),
     }));
     let required = match report.required {

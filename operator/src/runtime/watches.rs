@@ -161,10 +161,7 @@ fn strip_node(node: &mut Node) {
     strip(node);
     node.metadata.annotations = None;
     if let Some(status) = &mut node.status {
-        *status = NodeStatus {
-            addresses: status.addresses.take(),
-            runtime_handlers: status.runtime_handlers.take(),
-            ..NodeStatus::default()
-        };
+        *status =
+            NodeStatus { addresses: status.addresses.take(), runtime_handlers: status.runtime_handlers.take(), ..NodeStatus::default() };
     }
 }

@@ -105,7 +105,8 @@ async fn a_malformed_pool_gets_no_finalizer_which_could_not_be_taken_off_again()
 
 #[tokio::test]
 async fn without_its_finalizer_a_pool_is_not_served() {
-    let gitea = json!({"url": "https://git.example", "scope": {"organization": "acme"}, "tokenSecretRef": {"name": "t"}, "labels": ["linux"]});
+    let gitea =
+        json!({"url": "https://git.example", "scope": {"organization": "acme"}, "tokenSecretRef": {"name": "t"}, "labels": ["linux"]});
     let mut valid = malformed(&[]);
     valid["spec"] = json!({"forge": {"gitea": gitea}});
     let server = Server::new([Answer::Refusal(403, "Forbidden")]);

@@ -17,7 +17,14 @@ fn job(id: u64) -> OwedJob {
 }
 
 fn pod(name: &str, role: Role) -> PodFacts {
-    PodFacts { name: name.to_owned(), uid: format!("uid-{name}"), created: ago(10), phase: Phase::Alive { waits: None }, role, unproved: None }
+    PodFacts {
+        name: name.to_owned(),
+        uid: format!("uid-{name}"),
+        created: ago(10),
+        phase: Phase::Alive { waits: None },
+        role,
+        unproved: None,
+    }
 }
 
 fn input(max: u32, queued: Vec<OwedJob>, pods: Vec<PodFacts>) -> Input {
