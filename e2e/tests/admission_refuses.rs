@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::core::v1::{Namespace, ServiceAccount};
-use kube::api::{ApiResource, DeleteParams, DynamicObject, GroupVersionKind, PostParams};
+use kube::api::{ApiResource, DeleteParams, DynamicObject, GroupVersionKind, Patch, PatchParams, PostParams};
 use kube::{Api, ResourceExt};
 use mayfly_cluster::command::{feed, random_hex};
 use mayfly_crds::names::{ANNOTATION_JOB, RUNNER_SERVICE_ACCOUNT};
@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Pods {
+    needs: Vec<Value>,
     good: Value,
     also_good: Vec<Change>,
     bad: Vec<Change>,
@@ -62,7 +63,15 @@ async fn runner_pods_that_are_not_as_they_were_rendered_are_refused() -> Result<
     accounts.create(&PostParams::default(), &serde_json::from_value(json!({"metadata": {"name": RUNNER_SERVICE_ACCOUNT}}))?).await?;
     let resource = ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk("", "v1", "Pod"), "pods");
     let pods: Api<DynamicObject> = Api::namespaced_with(world.as_operator()?, &namespace, &resource);
-    let Pods { good, also_good, bad } = corpus("pods.yaml")?;
+    let Pods { needs, good, also_good, bad } = corpus("pods.yaml")?;
+    for need in &needs {
+        let need: DynamicObject = serde_json::from_value(need.clone())?;
+        let types = need.types.clone().unwrap_or_default();
+        let (group, version) = types.api_version.split_once('/').context("a group")?;
+        let kind = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, &types.kind));
+        let all: Api<DynamicObject> = Api::all_with(world.client.clone(), &kind);
+        all.patch(&need.name_any(), &PatchParams::apply("mayfly-e2e").force(), &Patch::Apply(&need)).await?;
+    }
     let dry = PostParams { dry_run: true, ..PostParams::default() };
     let make = async |pod: &Value| match pods.create(&dry, &serde_json::from_value(pod.clone())?).await {
         Ok(_) => anyhow::Ok(Ok(())),

@@ -1,4 +1,6 @@
 //! The runner pod, as a pure builder: Pod Security `restricted`, and what that leaves open closed as well.
+//!
+//! `charts/mayfly/templates/admission.yaml` refuses a pod that is not exactly this: the two change together.
 
 use std::collections::BTreeMap;
 
