@@ -115,6 +115,10 @@ async fn nobody_changes_enters_or_opens_runner_pods() -> Result<()> {
     stage.pod_api().create(&PostParams::default(), &serde_json::from_value(other)?).await?;
     let jobs = stage.push("app", &[("ci.yml", &workflow("push", "sleep 600"))], 1).await?;
     let pod = stage.a_pod("with its job", |pod| pod.annotations().contains_key(ANNOTATION_JOB)).await?.name_any();
+    // Pod Security would refuse some of it first.
+    let namespaces: Api<Namespace> = Api::all(stage.world.client.clone());
+    let open = json!({"metadata": {"labels": {"pod-security.kubernetes.io/enforce": "privileged"}}});
+    namespaces.patch(&stage.namespace, &PatchParams::default(), &Patch::Merge(open)).await?;
     let operator = operator_account();
     let fill = |text: &str| {
         text.replace("NAMESPACE", &stage.namespace)
@@ -159,15 +163,16 @@ async fn a_mutated_runner_pod_is_refused_and_told() -> Result<()> {
     let policies: Api<DynamicObject> = Api::all_with(stage.world.client.clone(), &kind("MutatingAdmissionPolicy"));
     let bindings: Api<DynamicObject> = Api::all_with(stage.world.client.clone(), &kind("MutatingAdmissionPolicyBinding"));
     let name = stage.namespace.clone();
-    let sidecar = "Object{spec: Object.spec{containers: [Object.spec.containers{name: 'mesh', image: 'mesh:1', \
+    let sidecar = "[JSONPatch{op: 'add', path: '/spec/containers/-', value: Object.spec.containers{name: 'mesh', image: 'mesh:1', \
         securityContext: Object.spec.containers.securityContext{allowPrivilegeEscalation: false, \
-        capabilities: Object.spec.containers.securityContext.capabilities{drop: ['ALL']}}}]}}";
-    let policy: DynamicObject = serde_json::from_value(json!({"apiVersion": "admissionregistration.k8s.io/v1", "kind": "MutatingAdmissionPolicy",
+        capabilities: Object.spec.containers.securityContext.capabilities{drop: ['ALL']}}}}]";
+    let policy: DynamicObject =
+        serde_json::from_value(json!({"apiVersion": "admissionregistration.k8s.io/v1", "kind": "MutatingAdmissionPolicy",
         "metadata": {"name": name}, "spec": {
         "failurePolicy": "Fail", "reinvocationPolicy": "Never",
         "matchConstraints": {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": stage.namespace}},
             "resourceRules": [{"apiGroups": [""], "apiVersions": ["v1"], "resources": ["pods"], "operations": ["CREATE"]}]},
-        "mutations": [{"patchType": "ApplyConfiguration", "applyConfiguration": {"expression": sidecar}}]}}))?;
+        "mutations": [{"patchType": "JSONPatch", "jsonPatch": {"expression": sidecar}}]}}))?;
     policies.create(&PostParams::default(), &policy).await?;
     let binding = json!({"apiVersion": "admissionregistration.k8s.io/v1", "kind": "MutatingAdmissionPolicyBinding",
         "metadata": {"name": name}, "spec": {"policyName": name}});

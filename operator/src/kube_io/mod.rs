@@ -55,6 +55,11 @@ impl WriteError {
         matches!(self, Self::Kube(kube::Error::Api(status)) if status.is_already_exists())
     }
 
+    /// The object breaks a rule of its definition: no change of it is taken, its status included.
+    pub(crate) fn is_invalid(&self) -> bool {
+        matches!(self, Self::Kube(kube::Error::Api(status)) if status.code == 422)
+    }
+
     fn is_gone(&self) -> bool {
         // A UID that no longer fits is a conflict: the object meant is gone, and another has its name.
         matches!(self, Self::Kube(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict())

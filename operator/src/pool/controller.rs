@@ -15,6 +15,7 @@ use kube::runtime::finalizer::{Event, finalizer};
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::runtime::watcher;
 use kube::{Api, Resource, ResourceExt};
+use mayfly_crds::conditions::reasons;
 use mayfly_crds::names::FINALIZER_REGISTRATIONS;
 use mayfly_crds::{RunnerPool, RunnerPoolStatus};
 use tokio_util::sync::CancellationToken;
@@ -209,8 +210,15 @@ async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
             let over: Vec<Arc<Pod>> =
                 pods_of(ctx, &handle.uid).into_iter().filter(|pod| matches!(phase(pod), Phase::Over { .. })).collect();
             apply::delete_all(ctx, &handle.key.namespace, &over).await;
-            report(ctx, &handle, None, meta.generation, &stored, &Outcome::Invalid(&why)).await?;
-            return Ok(Action::await_change());
+            return match report(ctx, &handle, None, meta.generation, &stored, &Outcome::Invalid(&why)).await {
+                // It is so malformed that it cannot even be told so in its status.
+                Err(Error::Write(refused)) if refused.is_invalid() => {
+                    ctx.io.warn(&guarded.object_ref(&()), reasons::INVALID, "Validate", &why).await;
+                    Ok(Action::await_change())
+                }
+                Err(error) => Err(error),
+                Ok(_) => Ok(Action::await_change()),
+            };
         }
     };
     {

@@ -3,6 +3,7 @@
 //! The API server checks the same rules (see `crds`); an object written before a rule existed, or past validation, stops here.
 
 use jiff::SignedDuration;
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::{Resource, ResourceExt};
 use mayfly_crds::{RunnerPool, RunnerPoolSpec, SecretKeyRef};
@@ -71,6 +72,11 @@ pub(crate) fn validate(pool: &RunnerPool) -> Result<Pool, String> {
     }
     if spec.scale.max == 0 || spec.scale.warm > spec.scale.max {
         return Err("spec.scale: max is at least 1, and warm at most max".to_owned());
+    }
+    let bounded = spec.runner.resources.limits.iter().map(|(name, amount)| (format!("resources.limits.{name}"), amount));
+    let workspace = spec.runner.workspace.iter().map(|amount| ("workspace".to_owned(), amount));
+    if let Some((field, _)) = bounded.chain(workspace).find(|(_, amount)| is_zero(amount)) {
+        return Err(format!("spec.runner.{field}: 0 would mean without limit"));
     }
     Ok(Pool {
         key: PoolKey { namespace: pool.namespace().unwrap_or_default(), name: pool.name_any() },
@@ -146,6 +152,12 @@ fn same_server(a: &str, b: &str) -> bool {
     }
 }
 
+/// Whether a quantity is nothing, in whatever unit.
+fn is_zero(amount: &Quantity) -> bool {
+    let number: String = amount.0.chars().take_while(|c| c.is_ascii_digit() || *c == '.').collect();
+    number.parse::<f64>().is_ok_and(|number| number == 0.0)
+}
+
 /// Host and port of an http or https URL.
 fn url(text: &str) -> Result<(String, u16), String> {
     let wrong = || format!("spec.forge.gitea.url: {text:?} is not an http or https URL");
@@ -202,6 +214,8 @@ pub(super) mod tests {
             ("owner/name", format!(r#"{{"forge":{}}}"#, gitea(r#"{"repository":"../../admin"}"#))),
             ("not a name", format!(r#"{{"forge":{}}}"#, gitea(r#"{"organization":"a/../b"}"#))),
             ("scale", format!(r#"{{"forge":{{"gitea":{GITEA}}},"scale":{{"max":0}}}}"#)),
+            ("runner.workspace", format!(r#"{{"forge":{{"gitea":{GITEA}}},"runner":{{"workspace":"0Gi"}}}}"#)),
+            ("limits.cpu", format!(r#"{{"forge":{{"gitea":{GITEA}}},"runner":{{"resources":{{"limits":{{"cpu":"0.0"}}}}}}}}"#)),
             ("deadlines.job", format!(r#"{{"forge":{{"gitea":{GITEA}}},"deadlines":{{"job":"soon"}}}}"#)),
             ("url", format!(r#"{{"forge":{{"gitea":{}}}}}"#, GITEA.replace("https://", "https://user:pw@"))),
             ("url", format!(r#"{{"forge":{{"gitea":{}}}}}"#, GITEA.replace("https://", "file://"))),

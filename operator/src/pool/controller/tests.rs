@@ -83,6 +83,16 @@ async fn a_malformed_pool_is_told_so_once_and_gets_nothing() {
 }
 
 #[tokio::test]
+async fn a_pool_whose_status_cannot_be_written_is_told_by_an_event_and_left_alone() {
+    let server = Server::new([Answer::Refusal(422, "Invalid"), Answer::Object(json!({"metadata": {}}))]);
+    reconcile(guarded(&malformed(&[])), context(&server, &[])).await.expect("a pass");
+    let calls = server.calls();
+    assert_eq!(calls.len(), 2, "{calls:?}");
+    assert_eq!((&calls[1].body["reason"], &calls[1].body["regarding"]["name"]), (&json!("InvalidSpec"), &json!("ci")));
+    assert!(calls[1].body["note"].as_str().is_some_and(|note| note.starts_with("the object cannot be read: ")), "{calls:?}");
+}
+
+#[tokio::test]
 async fn a_pool_that_became_malformed_keeps_its_jobs_and_loses_what_is_over() {
     let server = Server::new([Answer::Object(json!({"kind": "Pod", "metadata": {}})), Answer::Object(malformed(&FINALIZED))]);
     let ctx = context(&server, &[pod("busy", "u-1", "Running"), pod("over", "u-1", "Succeeded"), pod("other", "u-2", "Succeeded")]);
