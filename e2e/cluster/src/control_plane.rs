@@ -19,7 +19,7 @@ pub fn ensure_api(layout: &Layout) -> Result<()> {
     etcd(layout).ensure(layout)?;
     write_file(&layout.at("audit-policy.yaml"), include_str!("../templates/audit-policy.yaml"))?;
     api_server(layout).ensure(layout)?;
-    wait_for("readiness of the API server", Duration::from_secs(60), Duration::from_millis(200), || {
+    wait_for("readiness of the API server", Duration::from_secs(180), Duration::from_millis(200), || {
         check_running(layout, "etcd")?;
         check_running(layout, "kube-apiserver")?;
         ready(layout, &layout.kubeconfig())

@@ -154,7 +154,7 @@ fn start(layout: &Layout, saved: &Saved, progress: &Progress) -> Result<()> {
             told(progress, &format!("engine {}", saved.engine.as_str()), "healthy", || saved.engine.ensure(layout))?;
             told(progress, "node", "ready", || node::wait_ready(layout))?;
             told(progress, "DNS", "answers", || {
-                wait_for("an answer of the cluster's DNS", Duration::from_secs(60), Duration::from_millis(100), || dns::answers(layout))
+                wait_for("an answer of the cluster's DNS", Duration::from_secs(120), Duration::from_millis(100), || dns::answers(layout))
             })
         });
         let results = [join(cluster), join(forge)];

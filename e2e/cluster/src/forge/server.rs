@@ -57,7 +57,7 @@ pub fn ensure(layout: &Layout, place: &Place) -> Result<()> {
     let programs = programs(layout)?;
     let config = configure(layout, place, &programs)?;
     daemon(layout, place, &config).ensure(layout)?;
-    wait_for("the forge's first answer", Duration::from_secs(90), Duration::from_millis(200), || {
+    wait_for("the forge's first answer", Duration::from_secs(180), Duration::from_millis(200), || {
         check_running(layout, PART)?;
         healthy(&place.local_url())
     })?;

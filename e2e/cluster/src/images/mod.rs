@@ -250,9 +250,9 @@ fn stored_digest(layout: &Layout, reference: &str) -> Result<Option<String>> {
     }))
 }
 
-/// Waits until containerd answers.
+/// Waits until containerd answers. A disk that is busy with something else was seen to keep it from that for half a minute.
 pub fn wait_for_runtime(layout: &Layout) -> Result<()> {
-    wait_for("containerd's first answer", Duration::from_secs(30), Duration::from_millis(100), || {
+    wait_for("containerd's first answer", Duration::from_secs(120), Duration::from_millis(100), || {
         crate::process::check_running(layout, "containerd")?;
         run(ctr(layout).arg("version"))
     })
