@@ -7,11 +7,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::core::v1::{Namespace, Pod, Secret};
 use k8s_openapi::api::events::v1::Event;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::Api;
-use kube::api::{DeleteParams, ListParams};
+use kube::api::{DeleteParams, ListParams, PostParams};
 use mayfly_cluster::Forge;
 use mayfly_cluster::command::random_hex;
 use mayfly_cluster::forge::{Job, Runner, Scope};
+use mayfly_crds::names::{LABEL_MANAGED_BY, LABEL_POOL, MANAGED_BY};
 use mayfly_crds::{RunnerPool, RunnerPoolStatus};
 use serde_json::{Value, json};
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
@@ -23,6 +25,8 @@ use crate::{World, install, pool};
 
 /// Longest time a step of a job's life may take in a test, on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(90);
+/// Name of the policy that opens everything.
+const OPEN: &str = "open-wide";
 /// Name of the pool of a stage.
 pub const POOL: &str = "ci";
 
@@ -245,6 +249,30 @@ impl Stage {
     /// When something stays.
     pub async fn nothing_left(&self, of: &RunnerPool) -> Result<()> {
         pool::nothing_left(&self.world, &self.organization.name, of).await
+    }
+
+    /// Adds a policy that opens every pod of the namespace, as somebody might beside Mayfly's: policies add up. It is made in the
+    /// operator's name, who alone may, and as one of its own.
+    ///
+    /// # Errors
+    /// With the API server's answer.
+    pub async fn open_wide(&self) -> Result<()> {
+        let labels = json!({LABEL_MANAGED_BY: MANAGED_BY, LABEL_POOL: "another"});
+        let policy = json!({"metadata": {"name": OPEN, "labels": labels},
+            "spec": {"podSelector": {}, "policyTypes": ["Egress"], "egress": [{}]}});
+        let policies: Api<NetworkPolicy> = Api::namespaced(self.world.as_operator()?, &self.namespace);
+        policies.create(&PostParams::default(), &serde_json::from_value(policy)?).await?;
+        Ok(())
+    }
+
+    /// Takes that policy away.
+    ///
+    /// # Errors
+    /// With the API server's answer.
+    pub async fn close_again(&self) -> Result<()> {
+        let policies: Api<NetworkPolicy> = Api::namespaced(self.world.as_operator()?, &self.namespace);
+        policies.delete(OPEN, &DeleteParams::default()).await?;
+        Ok(())
     }
 
     /// Takes everything away again.

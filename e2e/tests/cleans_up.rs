@@ -54,20 +54,14 @@ async fn a_job_cancelled_before_it_had_a_runner_leaves_nothing() -> Result<()> {
 async fn a_killed_runner_leaves_nothing_and_is_told() -> Result<()> {
     let stage = Stage::set("kill").await?;
     let pool = stage.pool(|_| {}).await?;
-    stage.hook()?;
-    // The job kills its own runner, the hard way: no signal handler of the runner runs.
-    let script = "echo begun; sleep 1; kill -9 1; python3 -c 'import os,signal; os.kill(os.getppid(), signal.SIGKILL)'; \
-                  for p in /proc/[0-9]*; do grep -qz daemon $p/cmdline 2>/dev/null && kill -9 ${p#/proc/}; done; sleep 300";
-    let jobs = stage.push("app", &[("ci.yml", &workflow("push", script))], 1).await?;
-    stage.job_is("app", jobs[0].id, "in_progress").await?;
-    let pod = stage.a_pod("with its job", |pod| pod.annotations().contains_key(ANNOTATION_JOB)).await?;
+    let (job, pod) = running_job(&stage).await?;
     // The first process of a container cannot be killed from within: the node does it, as the kernel does when memory is short.
     kill_container(&stage, &pod)?;
     let told = stage.event("Error").await?;
     ensure!(told.contains("exit code 137"), "{told}");
     stage.nothing_left(&pool).await?;
     // The forge was told: the job does not hang until the forge grows suspicious.
-    assert_eq!(stage.job_is("app", jobs[0].id, "completed").await?.conclusion, "failure");
+    assert_eq!(stage.job_is("app", job, "completed").await?.conclusion, "failure");
     stage.strike().await
 }
 

@@ -10,7 +10,7 @@ use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::api::{DeleteParams, LogParams, PostParams};
 use kube::{Api, ResourceExt};
-use mayfly_crds::names::{ANNOTATION_JOB, LABEL_MANAGED_BY, LABEL_POOL, MANAGED_BY};
+use mayfly_crds::names::ANNOTATION_JOB;
 use mayfly_e2e::stage::{PATIENCE, POOL, Stage, said, workflow};
 use mayfly_e2e::wait::eventually;
 use mayfly_e2e::world::{SYSTEM, built, repository};
@@ -19,8 +19,6 @@ use serde_json::{Value, json};
 
 /// What every proof has to say something about on a cluster of one node.
 const CLASSES: [&str; 7] = ["ApiServer", "Metadata", "Node", "Outside", "Pods", "Required", "Services"];
-/// Name of the policy that opens everything.
-const OPEN: &str = "open-wide";
 /// Tries every address of its arguments at once and says which of them took the connection.
 const TRY: &str = "import socket,sys,threading
 def go(a):
@@ -30,21 +28,6 @@ def go(a):
     except OSError: print('closed='+a,flush=True)
 ts=[threading.Thread(target=go,args=(a,)) for a in sys.argv[1:]]
 [t.start() for t in ts]; [t.join() for t in ts]; print('tried='+str(len(ts)),flush=True)";
-
-/// A policy that opens every pod of the namespace, as somebody might add beside Mayfly's: policies add up. It is made in the operator's
-/// name, who alone may, and as one of its own.
-async fn open_wide(stage: &Stage) -> Result<()> {
-    let policy = json!({"metadata": {"name": OPEN, "labels": {LABEL_MANAGED_BY: MANAGED_BY, LABEL_POOL: "another"}}, "spec": {"podSelector": {}, "policyTypes": ["Egress"], "egress": [{}]}});
-    let policies: Api<NetworkPolicy> = Api::namespaced(stage.world.as_operator()?, &stage.namespace);
-    policies.create(&PostParams::default(), &serde_json::from_value(policy)?).await?;
-    Ok(())
-}
-
-async fn close_again(stage: &Stage) -> Result<()> {
-    let policies: Api<NetworkPolicy> = Api::namespaced(stage.world.as_operator()?, &stage.namespace);
-    policies.delete(OPEN, &DeleteParams::default()).await?;
-    Ok(())
-}
 
 async fn told(stage: &Stage, status: &str) -> Result<(String, String)> {
     pool::condition(&stage.world, &stage.namespace, POOL, "IsolationProved", status).await
@@ -68,7 +51,7 @@ async fn no_registration_without_proof() -> Result<()> {
     let stage = Stage::set("breach").await?;
     let pool = stage.pool(|_| {}).await?;
     stage.hook()?;
-    open_wide(&stage).await?;
+    stage.open_wide().await?;
     let jobs = stage.push("app", &[("ci.yml", &workflow("push", "true"))], 1).await?;
     let note = stage.event("IsolationBreach").await?;
     for class in ["Pods (Breach)", "Services (Breach)", "Outside (Breach)", "ApiServer (Breach)", "Node (Breach)"] {
@@ -87,7 +70,7 @@ async fn no_registration_without_proof() -> Result<()> {
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
     // The hole is closed: the next pod proves it, and the job runs.
-    close_again(&stage).await?;
+    stage.close_again().await?;
     stage.succeeds("app", jobs[0].id).await?;
     told(&stage, "True").await?;
     stage.nothing_left(&pool).await?;
@@ -99,7 +82,7 @@ async fn warn_mode_says_so() -> Result<()> {
     let stage = Stage::set("warn").await?;
     let pool = stage.pool(|pool| pool["spec"]["isolation"] = json!({"enforcement": "Warn"})).await?;
     stage.hook()?;
-    open_wide(&stage).await?;
+    stage.open_wide().await?;
     let jobs = stage.push("app", &[("ci.yml", &workflow("push", "true"))], 1).await?;
     stage.succeeds("app", jobs[0].id).await?;
     let note = stage.event("IsolationBreach").await?;
@@ -117,7 +100,7 @@ async fn breach_ends_the_job() -> Result<()> {
     stage.hook()?;
     let jobs = stage.push("app", &[("ci.yml", &workflow("push", "sleep 300"))], 1).await?;
     stage.a_pod("with its job", |pod| pod.annotations().contains_key(ANNOTATION_JOB)).await?;
-    open_wide(&stage).await?;
+    stage.open_wide().await?;
     let note = stage.event("IsolationBreach").await?;
     ensure!(note.contains("(Breach)"), "{note}");
     let ended = stage.job_is("app", jobs[0].id, "completed").await?;

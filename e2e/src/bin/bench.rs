@@ -19,8 +19,8 @@ use kube::{Api, ResourceExt};
 use mayfly_cluster::command::output;
 use mayfly_cluster::{Cluster, Options, Progress};
 use mayfly_crds::RunnerPool;
-use mayfly_crds::names::RUNNER_CONTAINER;
-use mayfly_e2e::stage::{POOL, Stage};
+use mayfly_crds::names::{ANNOTATION_JOB, RUNNER_CONTAINER};
+use mayfly_e2e::stage::{POOL, Stage, workflow};
 use mayfly_e2e::wait::eventually;
 use mayfly_e2e::world::{SYSTEM, repository};
 use mayfly_e2e::{install, leak, pool};
@@ -105,8 +105,10 @@ async fn bench(arguments: &Arguments) -> Result<()> {
     figures.add("queue_to_first_step_over_shaped_pod", job.start / shaped.start, "ratio");
     figures.add("job_end_to_pod_gone_over_shaped_pod", job.end / shaped.end, "ratio");
     figures.add("proof_rounds_mean", proof_seconds(&stage)?, "s");
+    warm(&stage, &mut figures).await?;
     burst(&stage, &served, &mut figures).await?;
     if !arguments.quick {
+        breach(&stage, &served, &mut figures).await?;
         let found = leak::leaks(&stage, STARTS).await?;
         stage.nothing_left(&served).await?;
         figures.add(format!("leaks_in_{STARTS}_starts"), found.visits.len() as f64, "tries");
@@ -245,6 +247,43 @@ async fn one_by_one(stage: &Stage, served: &RunnerPool, times: &Times, figures: 
     figures.spread("job_end_to_pod_deletion", leaving);
     let end = figures.spread("job_end_to_pod_gone", pod_gone);
     Ok(Spans { start, end })
+}
+
+/// Jobs that find a pod waiting, which proved its isolation before.
+async fn warm(stage: &Stage, figures: &mut Figures) -> Result<()> {
+    let with = |warm: usize| move |pool: &mut Value| pool["spec"]["scale"] = json!({"max": 10, "warm": warm});
+    stage.unready_pool(with(1)).await?;
+    let mut first = Vec::new();
+    for _ in 0..SINGLE {
+        eventually("a warm pod and no other", Duration::from_secs(60), || async {
+            let pods = stage.pods().await?;
+            let running = |pod: &&Pod| pod.status.as_ref().is_some_and(|status| status.phase.as_deref() == Some("Running"));
+            Ok((pods.len() == 1 && pods.iter().filter(running).count() == 1).then_some(()))
+        })
+        .await?;
+        // Until its gate has proved and asks.
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let began = now();
+        let id = dispatch(stage)?;
+        let job = stage.job_is("app", id, "completed").await?;
+        first.push(stamp(&stage.forge.job_log(&stage.organization.name, "app", job.id)?, "first=")? - began);
+    }
+    figures.spread("queue_to_first_step_warm", first);
+    stage.unready_pool(with(0)).await?;
+    Ok(())
+}
+
+/// A hole is opened while a job runs: how long until its pod is gone.
+async fn breach(stage: &Stage, served: &RunnerPool, figures: &mut Figures) -> Result<()> {
+    stage.nothing_left(served).await?;
+    let long = workflow("push", "sleep 300");
+    stage.push("long", &[("long.yml", &long)], 1).await?;
+    stage.a_pod("with its job", |pod| pod.annotations().contains_key(ANNOTATION_JOB)).await?;
+    let began = now();
+    stage.open_wide().await?;
+    eventually("the pod gone", Duration::from_secs(120), || async { Ok(stage.pods().await?.is_empty().then_some(())) }).await?;
+    figures.add("breach_to_pod_gone", now() - began, "s");
+    stage.close_again().await
 }
 
 fn dispatch(stage: &Stage) -> Result<i64> {
