@@ -96,6 +96,7 @@ async fn bench(arguments: &Arguments) -> Result<()> {
 
     let mut figures = Figures::default();
     let times = Times::watch(&stage).await;
+    let before = proofs(&stage)?;
     let shape = shape(&stage).await?;
     stage.nothing_left(&served).await?;
     let bare = pods(&stage, &times, "bare", &bare(&shape), &mut figures).await?;
@@ -104,7 +105,8 @@ async fn bench(arguments: &Arguments) -> Result<()> {
     figures.add("queue_to_first_step_over_bare_pod", job.start / bare.start, "ratio");
     figures.add("queue_to_first_step_over_shaped_pod", job.start / shaped.start, "ratio");
     figures.add("job_end_to_pod_gone_over_shaped_pod", job.end / shaped.end, "ratio");
-    figures.add("proof_rounds_mean", proof_seconds(&stage)?, "s");
+    let (seconds, count) = proofs(&stage)?;
+    figures.add("proof_rounds_mean", (seconds - before.0) / (count - before.1), "s");
     warm(&stage, &mut figures).await?;
     burst(&stage, &served, &mut figures).await?;
     if !arguments.quick {
@@ -345,8 +347,8 @@ fn count_calls(log: &str) -> BTreeMap<(String, String), u32> {
     calls
 }
 
-/// How long the rounds of a proof took, on average over all proofs since the operator's start, from its metrics.
-fn proof_seconds(stage: &Stage) -> Result<f64> {
+/// How long the rounds of all proofs took, in seconds, and how many there were, from the operator's metrics.
+fn proofs(stage: &Stage) -> Result<(f64, f64)> {
     let mut get = stage.world.cluster.kubectl();
     get.args(["-n", SYSTEM, "get", "pods", "-l", "app.kubernetes.io/name=mayfly", "-o", "jsonpath={.items[0].metadata.name}"]);
     let pod = output(&mut get)?;
@@ -354,7 +356,7 @@ fn proof_seconds(stage: &Stage) -> Result<f64> {
     let metrics = output(stage.world.cluster.kubectl().args(["get", "--raw", &path]))?;
     let value =
         |name: &str| metrics.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<f64>().ok()).with_context(|| name.to_owned());
-    Ok(value("mayfly_proof_seconds_sum ")? / value("mayfly_proof_seconds_count ")?)
+    Ok((value("mayfly_proof_seconds_sum ")?, value("mayfly_proof_seconds_count ")?))
 }
 
 /// The operator's memory with more and more pools.

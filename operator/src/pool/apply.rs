@@ -203,7 +203,7 @@ async fn note_failure(ctx: &Context, pool: &Pool, handle: &PoolHandle, deletion:
             runner: deletion.name.clone(),
             reason: failure.reason.clone(),
             message: mayfly_crds::conditions::truncate(&failure.message, 1024),
-            time: k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(now),
+            time: super::status::time(now),
         });
     }
     tracing::warn!(pool = %pool.key, pod = deletion.name, reason = failure.reason, message = failure.message, "runner failed");

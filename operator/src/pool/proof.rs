@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{Node, Pod};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
 use mayfly_crds::conditions::reasons;
 use mayfly_crds::{ClassIsolation, Enforcement, NodeIsolation};
@@ -14,6 +13,7 @@ use mayfly_proof::{Challenge, Endpoint, Report, Verdict, judge};
 use super::apply::reference_to;
 use super::controller::Context;
 use super::registry::{PoolHandle, PoolState};
+use super::status;
 use crate::isolation::{Surroundings, WHOLE, challenge, forbidden};
 use crate::runner::Reason;
 
@@ -111,7 +111,7 @@ impl PoolState {
         let verdict = worst(&classes);
         self.proved = Some(now);
         known.last = Some(Proof { at: now, policies, verdict, classes: classes.clone() });
-        let entry = NodeIsolation { node: node.to_owned(), verdict: verdict.as_str().to_owned(), since: Time(now), classes };
+        let entry = NodeIsolation { node: node.to_owned(), verdict: verdict.as_str().to_owned(), since: status::time(now), classes };
         let changed = self.isolation.get(node).is_none_or(|old| !same_verdicts(old, &entry));
         if changed {
             self.isolation.insert(node.to_owned(), entry.clone());
@@ -420,6 +420,15 @@ pub(super) mod tests {
         state.ask("p", challenge(), mark);
         state.take_report("p", "node1", &Report { forbidden: Vec::new(), ..report() }, now());
         assert!(!state.is_due(now() + SignedDuration::from_mins(4)) && state.is_due(now() + SignedDuration::from_mins(6)));
+    }
+
+    #[test]
+    fn what_is_told_survives_being_stored() {
+        let mut state = asked(Enforcement::Require);
+        let later = now() + SignedDuration::from_millis(1_234);
+        let told = state.take_report("p", "node1", &report(), later).1.expect("news");
+        let stored = serde_json::from_str(&serde_json::to_string(&told).expect("JSON")).expect("the same");
+        assert_eq!(told, stored, "it would be written anew at every pass");
     }
 
     #[test]

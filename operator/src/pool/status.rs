@@ -1,6 +1,6 @@
 //! What a pool tells: conditions, numbers, waiting jobs. Written only when it says something new.
 
-use jiff::SignedDuration;
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use mayfly_crds::conditions::{self, Verdict, reasons};
 use mayfly_crds::{Counts, NodeIsolation, RunnerPoolStatus, WaitingJob};
@@ -15,6 +15,11 @@ use crate::runner::Phase;
 
 /// Numbers and waiting jobs are not written more often than this.
 pub(super) const COUNTS_EVERY: SignedDuration = SignedDuration::from_secs(5);
+
+/// A time as the API server stores it: whole seconds. With more, what is stored would differ from what was meant at every look.
+pub(super) fn time(now: Timestamp) -> Time {
+    Time(Timestamp::from_second(now.as_second()).unwrap_or(now))
+}
 
 /// Whether runner pods get a user namespace of their own.
 #[derive(Clone, Debug, PartialEq, Eq)]
