@@ -16,7 +16,7 @@ const ROUNDS: u8 = 3;
 /// Time until the rounds have to be clean: some network plugins enforce a policy only a while after a pod's start.
 const WITHIN: Duration = Duration::from_secs(10);
 /// A try waits this many times as long as the slowest control took, within these bounds.
-const PATIENCE: u32 = 8;
+const PATIENCE: u32 = 4;
 const PATIENCE_LEAST: Duration = Duration::from_millis(60);
 const PATIENCE_MOST: Duration = Duration::from_millis(500);
 
@@ -120,7 +120,7 @@ mod tests {
             challenge("n".to_owned(), &all, &controls, Vec::new()).patience_ms
         };
         assert_eq!(patience(Answer::Accepted, 1), 60);
-        assert_eq!(patience(Answer::Accepted, 20), 160);
+        assert_eq!(patience(Answer::Accepted, 20), 80);
         assert_eq!(patience(Answer::Accepted, 400), 500);
         assert_eq!(patience(Answer::Silent, 400), 60);
     }
