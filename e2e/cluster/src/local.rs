@@ -86,8 +86,8 @@ impl Saved {
     }
 }
 
-/// Brings the cluster of built parts up, or makes sure that it is. Ends when the node is ready, DNS answers, the engine is healthy and the forge
-/// answers.
+/// Brings the cluster of built parts up, or makes sure that it is. Ends when the node is ready, DNS answers, the engine is healthy and
+/// the forge answers.
 pub fn up(layout: &Layout, options: Options, progress: &Progress) -> Result<()> {
     require_root()?;
     let began = Instant::now();

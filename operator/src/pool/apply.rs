@@ -122,6 +122,10 @@ pub(super) async fn apply(
     handle.state().owed = plan.owed.iter().cloned().collect();
     handle.jobs_changed();
 
+    if plan.create > 0 {
+        // What silence in the pods will be held against is there when their gates ask.
+        ctx.tasks.spawn(proof::prepare_controls(ctx.clone(), handle.clone()));
+    }
     let deletions = each(plan.delete.iter().map(|deletion| delete(ctx, pool, handle, Some(forge), deletion)).collect());
     let creations = each((0..plan.create).map(|_| create(ctx, pool, handle)).collect());
     let marks = each(observed.unmarked.iter().map(|unmarked| mark(ctx, pool, unmarked)).collect());
@@ -234,8 +238,6 @@ async fn create(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>) {
     let pod = runner_pod(&name, &pool.key.namespace, &pool.key.name, &pool.owner, &pool.spec, user_namespace, life.as_secs(), settings);
     let waits = Spawned { uid: String::new(), created: ctx.now(), seen: false, asked: None, registering: None, burnt: None };
     handle.state().spawned.insert(name.to_string(), waits);
-    // What silence in the pod will be held against is there when its gate asks.
-    ctx.tasks.spawn(proof::prepare_controls(ctx.clone(), handle.clone()));
     match ctx.io.create(&pool.key.namespace, &pod).await {
         Ok(stored) => {
             if let Some(spawned) = handle.state().spawned.get_mut(name.as_str()) {

@@ -206,6 +206,7 @@ async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
     let pool = match valid {
         Ok(pool) => pool,
         Err(why) => {
+            handle.state().probing = false;
             // Jobs that run go on; what is over goes. A pod's end wakes the pool.
             let over: Vec<Arc<Pod>> =
                 pods_of(ctx, &handle.uid).into_iter().filter(|pod| matches!(phase(pod), Phase::Over { .. })).collect();
@@ -247,7 +248,7 @@ async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
         report(ctx, &handle, Some(&pool), pool.generation, &stored, &Outcome::Unprepared(&why)).await?;
         return Ok(Action::requeue(RETRY));
     }
-    let plan = plan(&input(ctx, &pool, &handle, &observed));
+    let plan = plan(&input(ctx, &pool, &handle, &observed, proof::is_wanted(ctx, &handle)));
     let forge = gather::link(ctx, &pool, &handle);
     if let Ok(forge) = forge {
         apply(ctx, &pool, &handle, &forge, &observed, &plan).await;
@@ -260,11 +261,12 @@ async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
 /// Local clean-up does not wait for anybody else.
 async fn tidy_blind(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>) {
     let observed = gather::gather_blind(ctx, pool, handle);
-    let plan = plan_blind(&input(ctx, pool, handle, &observed));
+    let plan = plan_blind(&input(ctx, pool, handle, &observed, false));
     {
         let mut state = handle.state();
         // Nothing is registered until the forge was seen again, and what lost its pod meanwhile is left to a sweep then.
         state.owed.clear();
+        state.probing = false;
         if !observed.orphans.is_empty() {
             state.next_sweep = None;
         }
@@ -272,12 +274,12 @@ async fn tidy_blind(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>) {
     apply::apply_blind(ctx, pool, handle, &plan).await;
 }
 
-fn input(ctx: &Context, pool: &Pool, handle: &PoolHandle, observed: &gather::Observed) -> Input {
+fn input(ctx: &Context, pool: &Pool, handle: &PoolHandle, observed: &gather::Observed, probe: bool) -> Input {
     Input {
         now: ctx.now(),
         max: pool.spec.scale.max,
         warm: pool.spec.scale.warm,
-        probe: proof::is_wanted(ctx, handle),
+        probe,
         deadlines: pool.deadlines,
         queued: observed.queued.clone(),
         pods: observed.pods.clone(),

@@ -1,5 +1,6 @@
 //! The proof of a runner pod's isolation: what its gate is asked to try, and what the answer is worth.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -158,10 +159,11 @@ pub(crate) async fn ask(ctx: &Context, handle: &PoolHandle, pod: &Pod) -> Result
 pub(crate) async fn take(ctx: &Context, handle: &PoolHandle, pod: &Pod, report: &Report) -> Taken {
     let node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone()).unwrap_or_default();
     let name = pod.name_any();
+    let nodes: BTreeSet<String> = ctx.nodes.state().iter().map(|node| node.name_any()).collect();
     let (taken, news) = {
         let mut state = handle.state();
         // What was found on a node that is gone is of no interest any more.
-        state.isolation.retain(|known, _| ctx.nodes.state().iter().any(|node| node.name_any() == *known));
+        state.isolation.retain(|known, _| nodes.contains(known));
         state.take_report(&name, &node, report, ctx.now())
     };
     if let Taken::NotEnough(why) = &taken {
@@ -264,7 +266,7 @@ fn same_verdicts(a: &NodeIsolation, b: &NodeIsolation) -> bool {
 }
 
 /// The word for a verdict that is not a proof.
-pub(super) fn reason(verdict: Verdict) -> &'static str {
+fn reason(verdict: Verdict) -> &'static str {
     match verdict {
         Verdict::Breach => reasons::ISOLATION_BREACH,
         Verdict::Unproven | Verdict::Proved => reasons::ISOLATION_UNPROVEN,

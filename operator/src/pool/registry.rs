@@ -207,6 +207,7 @@ impl PoolHandle {
 
     fn try_take(&self, pod: &str, uid: &str, now: Timestamp) -> Result<Option<OwedJob>, NoJob> {
         let mut state = self.state();
+        let proved = state.is_proved(pod, now);
         let state = &mut *state;
         if state.closing {
             return Err(NoJob::Never("the pool is being deleted"));
@@ -226,11 +227,9 @@ impl PoolHandle {
         if spawned.registering.is_some() || spawned.burnt.is_some() {
             return Err(NoJob::Never("this pod already asked for its registration"));
         }
-        if !state.is_proved(pod, now) {
+        if !proved {
             return Err(NoJob::Unproved);
         }
-        // Looked up once more: the proof was read from the same state.
-        let Some(spawned) = state.spawned.get_mut(pod) else { return Err(NoJob::Unproved) };
         spawned.asked.get_or_insert(now);
         spawned.registering = state.owed.pop_front();
         Ok(spawned.registering.clone())
