@@ -38,6 +38,7 @@ use serde::{Deserialize, Serialize};
     printcolumn(name = "Scope", type_ = "string", json_path = ".status.scope", priority = "1"),
     printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type=='Ready')].reason", priority = "1"),
     printcolumn(name = "Message", type_ = "string", json_path = ".status.conditions[?(@.type=='Ready')].message", priority = "1"),
+    printcolumn(name = "Isolation", type_ = "string", json_path = ".status.conditions[?(@.type=='IsolationProved')].message", priority = "1"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase")]
@@ -438,13 +439,54 @@ pub struct Counts {
 pub struct NodeIsolation {
     /// Name of the node.
     pub node: String,
-    /// `Proved`, `Unproven` or `Breach`: the worst of the classes.
-    pub verdict: String,
+    /// The worst of the classes.
+    pub verdict: IsolationVerdict,
     /// Since when the classes are as they are here.
     pub since: Time,
+    /// What enforces policies there, as far as the cluster tells: kernel, runtime, kubelet, boot, network plugin. A change of it is a
+    /// reason for a new proof.
+    #[serde(default)]
+    pub environment: String,
     /// Verdict by class of address.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub classes: Vec<ClassIsolation>,
+    /// What was open at the start of pods.
+    #[serde(default)]
+    pub starts: Starts,
+}
+
+/// How runner pods fared from their first instruction on, before anything was asked of them. Counted by one process of the operator.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct Starts {
+    /// Pods that told.
+    pub pods: u32,
+    /// Pods that a sentinel answered before their policies were enforced.
+    pub leaks: u32,
+    /// Latest such answer, in milliseconds after the first instruction.
+    pub latest_milliseconds: u32,
+}
+
+/// What was shown of a pod's isolation, from the best to the worst.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum IsolationVerdict {
+    /// What must not answer did not, and answered where no policy stands in the way.
+    Proved,
+    /// Nothing was shown.
+    Unproven,
+    /// Something answered that must not.
+    Breach,
+}
+
+impl IsolationVerdict {
+    /// As it is spelled in statuses and events.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Proved => "Proved",
+            Self::Unproven => "Unproven",
+            Self::Breach => "Breach",
+        }
+    }
 }
 
 /// The verdict about one class of addresses.
@@ -453,8 +495,8 @@ pub struct NodeIsolation {
 pub struct ClassIsolation {
     /// `Metadata`, `Outside`, `Node`, `OtherNode`, `ApiServer`, `Pods` or `Services`; `Required` for what must be reachable.
     pub class: String,
-    /// `Proved`, `Unproven` or `Breach`.
-    pub verdict: String,
+    /// What was shown.
+    pub verdict: IsolationVerdict,
     /// What it rests on.
     pub message: String,
 }

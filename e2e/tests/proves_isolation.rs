@@ -5,11 +5,14 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use k8s_openapi::api::core::v1::{Pod, Service};
+use k8s_openapi::api::apps::v1::DaemonSet;
+use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
-use kube::api::{DeleteParams, LogParams, PostParams};
+use kube::api::{DeleteParams, ListParams, LogParams, Patch, PatchParams, PostParams};
 use kube::{Api, ResourceExt};
+use mayfly_crds::IsolationVerdict;
 use mayfly_crds::names::ANNOTATION_JOB;
 use mayfly_e2e::stage::{PATIENCE, POOL, Stage, said, workflow};
 use mayfly_e2e::wait::eventually;
@@ -39,9 +42,81 @@ async fn a_new_pool_proves_its_isolation_and_tells_it_by_node_and_class() -> Res
     let pool = stage.pool(|_| {}).await?;
     told(&stage, "True").await?;
     let nodes = stage.status().await?.isolation;
-    ensure!(nodes.len() == 1 && nodes[0].verdict == "Proved", "{nodes:?}");
-    let proved: Vec<&str> = nodes[0].classes.iter().filter(|class| class.verdict == "Proved").map(|class| class.class.as_str()).collect();
-    assert_eq!(proved, CLASSES, "{:?}", nodes[0].classes);
+    ensure!(nodes.len() == 1 && nodes[0].verdict == IsolationVerdict::Proved, "{nodes:?}");
+    let proved = nodes[0].classes.iter().filter(|class| class.verdict == IsolationVerdict::Proved);
+    assert_eq!(proved.map(|class| class.class.as_str()).collect::<Vec<_>>(), CLASSES, "{:?}", nodes[0].classes);
+    ensure!(nodes[0].environment.contains("containerd://"), "{:?}", nodes[0].environment);
+    ensure!(nodes[0].starts.pods > 0 && nodes[0].starts.leaks == 0, "{:?}", nodes[0].starts);
+    stage.nothing_left(&pool).await?;
+    stage.strike().await
+}
+
+/// A node without room, which only pools that tolerate its taint look at: the proof there is tried and told to be missing, and keeps
+/// nothing from running elsewhere.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_node_is_proved_ahead_of_jobs() -> Result<()> {
+    let stage = Stage::set("nodes").await?;
+    let api: Api<Node> = Api::all(stage.world.client.clone());
+    let name = stage.namespace.clone();
+    let taint = json!({"key": "mayfly.test/stage", "value": name, "effect": "NoSchedule"});
+    let node = json!({"metadata": {"name": name}, "spec": {"taints": [taint]}});
+    api.create(&PostParams::default(), &serde_json::from_value(node)?).await?;
+    let ready = json!({"type": "Ready", "status": "True", "reason": "Test", "message": ""});
+    let none = json!({"cpu": "0", "memory": "0", "ephemeral-storage": "0", "pods": "0"});
+    let status = json!({"status": {"conditions": [ready], "capacity": none, "allocatable": none,
+        "runtimeHandlers": [{"name": "", "features": {"userNamespaces": true}}]}});
+    api.patch_status(&name, &PatchParams::default(), &Patch::Merge(status)).await?;
+
+    let tolerate = json!({"tolerations": [{"key": "mayfly.test/stage", "value": name}]});
+    let pool = stage.pool(|pool| pool["spec"]["runner"] = tolerate).await?;
+    let message = eventually("the missing proof told", PATIENCE, || async {
+        let (_, message) = told(&stage, "True").await?;
+        Ok(message.contains(&name).then_some(message))
+    })
+    .await?;
+    ensure!(message.contains("not yet on 1"), "{message}");
+    let events: Api<Event> = Api::namespaced(stage.world.client.clone(), &stage.namespace);
+    let refused = |event: &Event| event.reason.as_deref() == Some("FailedScheduling");
+    eventually("a pod for that node", PATIENCE, || async {
+        Ok(events.list(&ListParams::default()).await?.items.iter().any(refused).then_some(()))
+    })
+    .await?;
+    stage.nothing_left(&pool).await?;
+    let failure = stage.status().await?.last_failure;
+    ensure!(failure.is_none(), "no room is no failure: {failure:?}");
+    stage.hook()?;
+    let jobs = stage.push("app", &[("ci.yml", &workflow("push", "true"))], 1).await?;
+    stage.succeeds("app", jobs[0].id).await?;
+    api.delete(&name, &DeleteParams::default()).await?;
+    stage.nothing_left(&pool).await?;
+    stage.strike().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_network_plugin_is_a_reason_for_a_new_proof() -> Result<()> {
+    // Every pool of the cluster proves anew.
+    let stage = Stage::set_alone("plugin").await?;
+    let pool = stage.pool(|_| {}).await?;
+    let starts = async || Ok::<_, anyhow::Error>(stage.status().await?.isolation.first().map_or(0, |node| node.starts.pods));
+    ensure!(starts().await? > 0);
+    let api: Api<DaemonSet> = Api::namespaced(stage.world.client.clone(), &stage.namespace);
+    let (labels, none) = (json!({"app": "net"}), json!({"mayfly.test/nowhere": "yes"}));
+    let container = json!({"name": "agent", "image": "mayfly.test/none:1"});
+    let volume = json!({"name": "cni", "hostPath": {"path": "/etc/cni/net.d"}});
+    let template = json!({"metadata": {"labels": labels}, "spec": {"nodeSelector": none, "containers": [container], "volumes": [volume]}});
+    let set = json!({"metadata": {"name": "net"}, "spec": {"selector": {"matchLabels": labels}, "template": template}});
+    api.create(&PostParams::default(), &serde_json::from_value(set)?).await?;
+    for generation in 1..=2 {
+        let named = format!("{}/net@{generation}", stage.namespace);
+        eventually(format!("a proof with {named}"), PATIENCE, || async {
+            let nodes = stage.status().await?.isolation;
+            Ok((nodes.len() == 1 && nodes[0].environment.contains(&named) && nodes[0].starts.pods > 0).then_some(()))
+        })
+        .await?;
+        told(&stage, "True").await?;
+        let image = json!({"spec": {"template": {"spec": {"containers": [{"name": "agent", "image": "mayfly.test/none:2"}]}}}});
+        api.patch("net", &PatchParams::default(), &Patch::Strategic(image)).await?;
+    }
     stage.nothing_left(&pool).await?;
     stage.strike().await
 }

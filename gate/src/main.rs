@@ -2,22 +2,27 @@
 //!
 //! It proves to the operator that the pod's network is closed, makes a named pipe in the pod's memory volume, waits until the runner's
 //! entry point reads from it, asks the operator for the pod's registration with a token that only it has, and writes the registration
-//! into the pipe: a file that can be read once and is never stored. While the job runs it goes on proving.
+//! into the pipe: a file that can be read once and is never stored. While the job runs it goes on proving. From its first instruction on
+//! it tries whether a pod's policies are enforced late.
 //!
 //! As `mayfly-gate sentinel` it is what proofs are held against: something that answers wherever no policy stands in the way.
 
 mod operator;
 mod pipe;
 mod prove;
+mod race;
 mod sentinel;
 
 use std::io::Write;
+use std::net::{AddrParseError, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::str::FromStr;
 use std::thread;
 
 use clap::{Args, Parser, Subcommand};
 use operator::{Client, Registration};
+use race::Race;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -51,10 +56,28 @@ struct Settings {
     /// Where the runner's entry point finds its registration.
     #[arg(long, env = "MAYFLY_REGISTRATION")]
     registration: PathBuf,
+    /// Addresses of sentinels, which the pod must not reach; tried from the gate's first instruction on.
+    #[arg(long, env = "MAYFLY_SENTINELS", default_value = "", value_name = "ADDRESS:PORT,..")]
+    sentinels: Addresses,
+}
+
+/// None, one or several, with commas between them.
+#[derive(Clone)]
+struct Addresses(Vec<SocketAddr>);
+
+impl FromStr for Addresses {
+    type Err = AddrParseError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let written = text.split(',').filter(|address| !address.is_empty());
+        Ok(Self(written.map(str::parse).collect::<Result<_, _>>()?))
+    }
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    // Before anything else: it is what happens first that may be open.
+    let race = cli.settings.as_ref().map(|settings| Race::begin(&settings.sentinels.0));
     let mut signals = match Signals::new([SIGTERM, SIGINT]) {
         Ok(signals) => signals,
         Err(error) => return fail(&format!("signals cannot be received: {error}")),
@@ -65,13 +88,13 @@ fn main() -> ExitCode {
             std::process::exit(0);
         }
     });
-    match (cli.command, cli.settings) {
+    match (cli.command, cli.settings.zip(race)) {
         (Some(Command::Sentinel(settings)), _) => match sentinel::run(&settings) {
             Ok(never) => match never {},
             Err(error) => fail(&error),
         },
-        (None, Some(settings)) => {
-            let Err(error) = guard(&settings);
+        (None, Some((settings, race))) => {
+            let Err(error) = guard(&settings, race);
             say(&error);
             // The operator removes the pod; a restart of this container would change nothing.
             loop {
@@ -83,13 +106,13 @@ fn main() -> ExitCode {
 }
 
 /// The gate's whole life. It ends only when the operator wants nothing more of this pod.
-fn guard(settings: &Settings) -> Result<std::convert::Infallible, String> {
+fn guard(settings: &Settings, race: Race) -> Result<std::convert::Infallible, String> {
     let client = Client::new(&settings.operator_url, &settings.operator_ca, &settings.token_file)?;
     pipe::make(&settings.registration)?;
     // The runner's container is being started meanwhile. Opening the pipe waits until it reads: nothing is registered for a runner
     // that never starts.
     let pipe = thread::scope(|scope| {
-        let proof = scope.spawn(|| prove::prove(&client));
+        let proof = scope.spawn(|| prove::first(&client, race));
         let pipe = pipe::open(&settings.registration);
         proof.join().map_err(|_| "the proof ended unexpectedly".to_owned())??;
         pipe

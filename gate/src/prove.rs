@@ -8,21 +8,38 @@ use std::time::{Duration, Instant};
 use mayfly_proof::{Answer, Challenge, Endpoint, Report, Verdict, judge, overall, probe};
 
 use crate::operator::{Client, Taken};
+use crate::race::Race;
 use crate::say;
 
 /// Between two proofs while a job runs; up to a third of it is added, so that the gates of many pods do not fall into step.
-const EVERY: Duration = Duration::from_secs(30);
+const EVERY: Duration = Duration::from_secs(15);
 /// Pause after a round that was not clean.
 const PAUSE: Duration = Duration::from_millis(20);
+
+/// The first proof; with it goes what was open at the start.
+///
+/// # Errors
+/// When the operator wants nothing more of this pod: the text says why.
+pub(crate) fn first(client: &Client, race: Race) -> Result<(), String> {
+    prove_with(client, Some(race))
+}
 
 /// Proves once.
 ///
 /// # Errors
 /// When the operator wants nothing more of this pod: the text says why.
 pub(crate) fn prove(client: &Client) -> Result<(), String> {
+    prove_with(client, None)
+}
+
+fn prove_with(client: &Client, mut race: Option<Race>) -> Result<(), String> {
+    let mut start = None;
     loop {
         let challenge = client.challenge()?;
-        let report = meet(&challenge);
+        let mut report = meet(&challenge);
+        // It ran until here: what is open only until the first clean round is seen as well.
+        start = start.or(race.take().and_then(Race::end));
+        report.start = start;
         if report.unclean > 0 {
             say(&format!("{} rounds were not clean; {} ms until {} in a row were", report.unclean, report.took_ms, report.clean));
         }
@@ -69,6 +86,7 @@ fn meet(challenge: &Challenge) -> Report {
         clean: seen.clean,
         unclean: seen.unclean,
         took_ms: took,
+        start: None,
     }
 }
 

@@ -158,4 +158,19 @@ pub struct Report {
     pub unclean: u32,
     /// How long all rounds took, in milliseconds.
     pub took_ms: u32,
+    /// What a sentinel answered from the gate's first instruction on. In the first report of a pod only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<Start>,
+}
+
+/// The race at a pod's start: whether something answered before the pod's policies were enforced.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Start {
+    /// Tries.
+    pub tries: u32,
+    /// Tries that were answered.
+    pub answered: u32,
+    /// When the last answered try began, in milliseconds after the gate's first instruction.
+    pub last_ms: u32,
 }

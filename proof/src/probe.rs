@@ -33,10 +33,8 @@ pub fn probe(endpoints: &[Endpoint], patience: Duration) -> Vec<Probe> {
         }
     }
     while !open.is_empty() {
+        // When the time is over it is looked once more: this program may not have run for a while, and answers came meanwhile.
         let left = patience.saturating_sub(began.elapsed());
-        if left.is_zero() {
-            break;
-        }
         let ready = match wait(&open, endpoints, left) {
             Ok(ready) => ready,
             Err(Errno::INTR) => continue,
@@ -45,6 +43,9 @@ pub fn probe(endpoints: &[Endpoint], patience: Duration) -> Vec<Probe> {
         for place in ready.into_iter().rev() {
             let (index, socket) = open.remove(place);
             results[index] = Probe { answer: finish(endpoints[index].protocol, &socket), took: began.elapsed() };
+        }
+        if left.is_zero() {
+            break;
         }
     }
     results
@@ -121,6 +122,13 @@ mod tests {
 
     fn answers(endpoints: &[Endpoint], patience: Duration) -> Vec<Answer> {
         probe(endpoints, patience).into_iter().map(|probe| probe.answer).collect()
+    }
+
+    #[test]
+    fn an_answer_that_is_there_when_the_time_is_over_is_seen() {
+        let open = TcpListener::bind("127.0.0.1:0").expect("a listener");
+        let endpoint = Endpoint::tcp(open.local_addr().expect("an address"));
+        assert_eq!(answers(&[endpoint], Duration::ZERO), [Answer::Accepted]);
     }
 
     #[test]

@@ -2,12 +2,12 @@
 
 mod controls;
 mod endpoints;
+mod names;
 mod policies;
-mod sentinels;
 mod targets;
 
 pub(crate) use controls::Controls;
 pub(crate) use endpoints::covers_metadata;
+pub(crate) use names::Names;
 pub(crate) use policies::{ClusterFacts, ForgeAddress, network_policies};
-pub(crate) use sentinels::Sentinels;
 pub(crate) use targets::{Surroundings, WHOLE, challenge, forbidden};

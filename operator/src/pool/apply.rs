@@ -25,7 +25,7 @@ use super::registry::{PoolHandle, PoolKey, Spawned};
 use super::validate::Pool;
 use crate::forge::{Forge, ForgeError, Job, Removal, RunnerKey, Secret};
 use crate::isolation::{ForgeAddress, network_policies};
-use crate::runner::{Reason, runner_pod};
+use crate::runner::{Placement, PodRequest, Reason, runner_pod};
 
 /// Pods created or deleted at the same time per pool.
 const CONCURRENCY: usize = 8;
@@ -122,12 +122,13 @@ pub(super) async fn apply(
     handle.state().owed = plan.owed.iter().cloned().collect();
     handle.jobs_changed();
 
-    if plan.create > 0 {
+    if plan.create > 0 || !plan.probe.is_empty() {
         // What silence in the pods will be held against is there when their gates ask.
         ctx.tasks.spawn(proof::prepare_controls(ctx.clone(), handle.clone()));
     }
     let deletions = each(plan.delete.iter().map(|deletion| delete(ctx, pool, handle, Some(forge), deletion)).collect());
-    let creations = each((0..plan.create).map(|_| create(ctx, pool, handle)).collect());
+    let anywhere = (0..plan.create).map(|_| None);
+    let creations = each(anywhere.chain(plan.probe.iter().map(Some)).map(|node| create(ctx, pool, handle, node)).collect());
     let marks = each(observed.unmarked.iter().map(|unmarked| mark(ctx, pool, unmarked)).collect());
     let pauses = each(plan.pause.iter().map(|name| pause(ctx, pool, handle, forge, name)).collect());
     futures::join!(deletions, creations, marks, pauses);
@@ -176,6 +177,10 @@ async fn delete(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>, forge
     }
     ctx.metrics.pod_deleted(deletion.failure.as_ref().map_or("finished", |_| "failed"));
     let mut state = handle.state();
+    if let Some(node) = spawned.as_ref().and_then(|pod| pod.only_on.clone()) {
+        // Whether it told something or not: it is not tried again at once.
+        state.tried.insert(node.name, (ctx.now(), node.environment));
+    }
     // With its registration the runner tells the forge that its job is cancelled: that goes when the pod is gone.
     let has_job = state.registered.get(&deletion.name).is_some_and(|runner| runner.job.is_some() && !runner.done);
     let registered = if has_job { None } else { state.registered.remove(&deletion.name) };
@@ -228,15 +233,33 @@ pub(super) fn reference_to(key: &PoolKey, uid: &str) -> ObjectReference {
     }
 }
 
-async fn create(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>) {
+/// Makes a pod; `node` is the only one it may be on.
+async fn create(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>, node: Option<&String>) {
     let name = RunnerName::new(&pool.key.name, &pool.uid, rand::random());
     let deadlines = pool.deadlines;
     let warm = if pool.spec.scale.warm > 0 { SignedDuration::from_hours(2) } else { SignedDuration::ZERO };
     let life = deadlines.start + deadlines.idle + deadlines.job + warm + SignedDuration::from_mins(1);
-    let user_namespace = ctx.user_namespaces().all_support();
-    let settings = &ctx.settings.pods;
-    let pod = runner_pod(&name, &pool.key.namespace, &pool.key.name, &pool.owner, &pool.spec, user_namespace, life.as_secs(), settings);
-    let waits = Spawned { uid: String::new(), created: ctx.now(), seen: false, asked: None, registering: None, burnt: None };
+    let mut sentinels = ctx.names.find(&ctx.settings.sentinel_service).await;
+    sentinels.extend(ctx.names.find(&ctx.settings.sentinel_pods).await);
+    let (only_on, placement) = {
+        let state = handle.state();
+        let only_on = node.and_then(|node| state.nodes.iter().find(|known| known.name == *node).cloned());
+        let placement = node.cloned().map_or_else(|| Placement::NotOn(state.open_nodes()), Placement::OnlyOn);
+        (only_on, placement)
+    };
+    let request = PodRequest {
+        name: &name,
+        namespace: &pool.key.namespace,
+        pool: &pool.key.name,
+        owner: &pool.owner,
+        spec: &pool.spec,
+        user_namespace: ctx.user_namespaces().all_support(),
+        life_seconds: life.as_secs(),
+        sentinels: &sentinels,
+        placement,
+    };
+    let pod = runner_pod(&request, &ctx.settings.pods);
+    let waits = Spawned { uid: String::new(), created: ctx.now(), seen: false, asked: None, registering: None, burnt: None, only_on };
     handle.state().spawned.insert(name.to_string(), waits);
     match ctx.io.create(&pool.key.namespace, &pod).await {
         Ok(stored) => {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use futures::{FutureExt, Stream, StreamExt};
 use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::{Node, Pod, Secret};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
@@ -23,6 +24,7 @@ use tokio_util::task::TaskTracker;
 
 use super::apply::{self, apply};
 use super::gather::{self, gather};
+use super::nodes::pool_nodes;
 use super::plan::{Input, Plan, Role, plan, plan_blind};
 use super::proof;
 use super::registry::{PoolHandle, PoolKey, Pools};
@@ -31,7 +33,7 @@ use super::validate::{Pool, validate};
 use crate::cli::Settings;
 use crate::forge::ForgeError;
 use crate::gc;
-use crate::isolation::{Controls, Sentinels};
+use crate::isolation::{Controls, Names};
 use crate::kube_io::KubeIo;
 use crate::runner::{Phase, phase};
 use crate::runtime::metrics::Metrics;
@@ -62,10 +64,12 @@ pub(crate) struct Context {
     pub(crate) secrets: Store<Secret>,
     pub(crate) policies: Store<NetworkPolicy>,
     pub(crate) nodes: Store<Node>,
+    /// Of the whole cluster; those that bring network plugins are of interest.
+    pub(crate) daemon_sets: Store<DaemonSet>,
     /// Endpoints of the API server.
     pub(crate) api_endpoints: Store<EndpointSlice>,
     pub(crate) controls: Controls,
-    pub(crate) sentinels: Sentinels,
+    pub(crate) names: Names,
     pub(crate) tasks: TaskTracker,
 }
 
@@ -223,12 +227,11 @@ async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
         }
     };
     {
+        let nodes = pool_nodes(&ctx.nodes.state(), &ctx.daemon_sets.state(), &pool.spec.runner);
         let mut state = handle.state();
         state.enforcement = pool.spec.isolation.enforcement;
-        // What an earlier process was told holds for a while.
-        if state.proved.is_none() && !stored.isolation.is_empty() {
-            state.proved = Some(ctx.now());
-        }
+        state.nodes = nodes;
+        state.adopt_isolation(&stored.isolation, ctx.now());
     }
     let observed = match gather(ctx, &pool, &handle).await {
         Ok(observed) => observed,
@@ -248,7 +251,7 @@ async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
         report(ctx, &handle, Some(&pool), pool.generation, &stored, &Outcome::Unprepared(&why)).await?;
         return Ok(Action::requeue(RETRY));
     }
-    let plan = plan(&input(ctx, &pool, &handle, &observed, proof::is_wanted(ctx, &handle)));
+    let plan = plan(&input(ctx, &pool, &handle, &observed, proof::wanted(ctx, &handle)));
     let forge = gather::link(ctx, &pool, &handle);
     if let Ok(forge) = forge {
         apply(ctx, &pool, &handle, &forge, &observed, &plan).await;
@@ -261,7 +264,7 @@ async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
 /// Local clean-up does not wait for anybody else.
 async fn tidy_blind(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>) {
     let observed = gather::gather_blind(ctx, pool, handle);
-    let plan = plan_blind(&input(ctx, pool, handle, &observed, false));
+    let plan = plan_blind(&input(ctx, pool, handle, &observed, Vec::new()));
     {
         let mut state = handle.state();
         // Nothing is registered until the forge was seen again, and what lost its pod meanwhile is left to a sweep then.
@@ -274,7 +277,7 @@ async fn tidy_blind(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>) {
     apply::apply_blind(ctx, pool, handle, &plan).await;
 }
 
-fn input(ctx: &Context, pool: &Pool, handle: &PoolHandle, observed: &gather::Observed, probe: bool) -> Input {
+fn input(ctx: &Context, pool: &Pool, handle: &PoolHandle, observed: &gather::Observed, probe: Vec<String>) -> Input {
     Input {
         now: ctx.now(),
         max: pool.spec.scale.max,

@@ -342,6 +342,8 @@ fn pods(ctx: &Context, pool: &Pool, handle: &PoolHandle, refusals: &BTreeMap<Job
         let unproved = state.unproved(&name, registered, now);
         observed.pods.push(PodFacts {
             unproved,
+            node: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()),
+            only_on: state.spawned.get(&name).and_then(|spawned| Some(spawned.only_on.as_ref()?.name.clone())),
             name,
             uid: pod.uid().unwrap_or_default(),
             created: pod.creation_timestamp().map_or(now, |time| time.0),
@@ -355,7 +357,9 @@ fn pods(ctx: &Context, pool: &Pool, handle: &PoolHandle, refusals: &BTreeMap<Job
         if !exists(name) && lag {
             let role = spawned.registering.clone().map_or(Role::Waiting { ready: false }, Role::Registering);
             let (name, uid, created) = (name.clone(), spawned.uid.clone(), spawned.created);
-            observed.pods.push(PodFacts { name, uid, created, phase: Phase::Alive { waits: None }, role, unproved: None });
+            let only_on = spawned.only_on.as_ref().map(|node| node.name.clone());
+            let phase = Phase::Alive { waits: None };
+            observed.pods.push(PodFacts { name, uid, created, phase, role, unproved: None, node: None, only_on });
         }
         exists(name) || lag || spawned.registering.is_some()
     });

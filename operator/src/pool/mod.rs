@@ -5,6 +5,7 @@ mod apply;
 mod controller;
 mod gather;
 pub(crate) mod hints;
+mod nodes;
 mod plan;
 pub(crate) mod proof;
 mod registry;
@@ -13,5 +14,6 @@ mod validate;
 
 pub(crate) use controller::{Context, Guarded, run};
 pub(crate) use gather::{own_pods, runners_of_pool};
+pub(crate) use nodes::looked_at;
 pub(crate) use registry::{NoJob, PoolHandle, PoolKey, Pools};
 pub(crate) use validate::Pool;

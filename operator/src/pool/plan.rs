@@ -29,8 +29,8 @@ pub(crate) struct Input {
     pub(crate) now: Timestamp,
     pub(crate) max: u32,
     pub(crate) warm: u32,
-    /// A pod is wanted for the sake of the proof of isolation alone.
-    pub(crate) probe: bool,
+    /// Nodes on which a pod is wanted for the sake of the proof of isolation alone.
+    pub(crate) probe: Vec<String>,
     pub(crate) deadlines: Deadlines,
     /// Accepted jobs that wait, oldest first.
     pub(crate) queued: Vec<OwedJob>,
@@ -50,6 +50,17 @@ pub(crate) struct PodFacts {
     pub(crate) role: Role,
     /// Why it has to go although it runs: it is not isolated, as far as is known.
     pub(crate) unproved: Option<Reason>,
+    /// Where it is.
+    pub(crate) node: Option<String>,
+    /// It was made to prove isolation on this node, and runs nowhere else.
+    pub(crate) only_on: Option<String>,
+}
+
+impl PodFacts {
+    /// Where it is, or will be.
+    fn place(&self) -> Option<&String> {
+        self.node.as_ref().or(self.only_on.as_ref())
+    }
 }
 
 /// What the pod is to the forge.
@@ -95,8 +106,10 @@ pub(crate) enum Role {
 /// What shall be done.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Plan {
-    /// Pods to create.
+    /// Pods to create, wherever there is room.
     pub(crate) create: u32,
+    /// Nodes to create a pod on, for the sake of the proof.
+    pub(crate) probe: Vec<String>,
     /// Pods to delete.
     pub(crate) delete: Vec<Deletion>,
     /// Runners to keep from taking a job.
@@ -153,15 +166,24 @@ pub(crate) fn plan(input: &Input) -> Plan {
     plan.pause.extend(needless);
     plan.owed = owed;
 
-    let wanted = (plan.owed.len() + input.warm as usize).max(usize::from(input.probe));
+    let wanted = plan.owed.len() + input.warm as usize;
     let room = (input.max as usize).saturating_sub(input.pods.len());
     let may_create = input.not_before.is_none_or(|time| time <= input.now);
+    let missing = wanted.saturating_sub(waiting.len());
     if may_create {
-        plan.create = u32::try_from(wanted.saturating_sub(waiting.len()).min(room)).unwrap_or(u32::MAX);
+        plan.create = u32::try_from(missing.min(room)).unwrap_or(u32::MAX);
+        // Jobs first: the nodes on which their pods will be are proved by these.
+        if missing == 0 && waiting.iter().all(|pod| pod.place().is_some()) {
+            let to_prove = input.probe.iter().filter(|node| waiting.iter().all(|pod| pod.place() != Some(node)));
+            plan.probe = to_prove.take(room).cloned().collect();
+        }
     }
+    let proves = |pod: &PodFacts| pod.place().is_some_and(|node| input.probe.contains(node));
+    let (kept, mut spare): (Vec<&PodFacts>, Vec<&PodFacts>) = waiting.into_iter().partition(|pod| proves(pod));
     // Those that are least far go first.
-    waiting.sort_by_key(|pod| (pod.role != Role::Waiting { ready: false }, std::cmp::Reverse(pod.created)));
-    for pod in waiting.iter().take(waiting.len().saturating_sub(wanted)) {
+    spare.sort_by_key(|pod| (pod.role != Role::Waiting { ready: false }, std::cmp::Reverse(pod.created)));
+    let needed = wanted.saturating_sub(kept.len());
+    for pod in spare.iter().take(spare.len().saturating_sub(needed)) {
         plan.delete.push(Deletion { unless_taken: true, ..deletion(pod, GRACE_STOP) });
     }
     plan
@@ -200,9 +222,11 @@ fn verdict(pod: &PodFacts, input: &Input) -> Verdict {
         }
         Phase::Alive { .. } => {}
     }
+    // What one node cannot do keeps nothing from starting elsewhere.
+    let anywhere = pod.only_on.is_none();
     if let Some(reason) = &pod.unproved {
         let waits = matches!(pod.role, Role::Waiting { .. } | Role::Registering(_));
-        return Verdict::Delete(Deletion { start_failure: waits, ..fails(GRACE_STOP, reason.clone()) });
+        return Verdict::Delete(Deletion { start_failure: waits && anywhere, ..fails(GRACE_STOP, reason.clone()) });
     }
     match &pod.role {
         Role::Done => Verdict::Delete(gone(GRACE_DONE)),
@@ -216,12 +240,17 @@ fn verdict(pod: &PodFacts, input: &Input) -> Verdict {
             let reason = Reason::new("JobDeadlineExceeded", format!("{job} took longer than deadlines.job"));
             Verdict::Delete(fails(GRACE_DEADLINE, reason))
         }
+        // There is no room for it where it is to prove something, which is no failure.
+        Role::Waiting { ready: false } if !anywhere && matches!(pod.phase, Phase::Alive { waits: Some(_) }) => {
+            Verdict::Delete(Deletion { unless_taken: true, ..gone(GRACE_STOP) })
+        }
         Role::Waiting { ready: false } if age(pod.created) > input.deadlines.start => {
             let waits = match &pod.phase {
                 Phase::Alive { waits: Some(reason) } => format!("{}: {}", reason.reason, reason.message),
                 _ => "its gate did not report in".to_owned(),
             };
-            start_fails(Reason::new("StartDeadlineExceeded", format!("not ready within deadlines.start; {waits}")))
+            let reason = Reason::new("StartDeadlineExceeded", format!("not ready within deadlines.start; {waits}"));
+            Verdict::Delete(Deletion { start_failure: anywhere, ..fails(GRACE_STOP, reason) })
         }
         Role::Waiting { ready: true } if age(pod.created) > WARM_AGE => {
             Verdict::Delete(Deletion { unless_taken: true, ..gone(GRACE_STOP) })

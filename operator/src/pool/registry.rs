@@ -12,6 +12,7 @@ use mayfly_crds::{Enforcement, Failure, NodeIsolation};
 use serde::Serialize;
 use tokio::sync::{Notify, mpsc};
 
+use super::nodes::PoolNode;
 use super::proof::PodProof;
 use crate::forge::{Forge, Job, JobKey, Repository, Run, RunnerKey, Secret};
 
@@ -61,6 +62,8 @@ pub(crate) struct Spawned {
     pub(crate) registering: Option<OwedJob>,
     /// The registration failed: the name may be known to the forge, so it is not tried again.
     pub(crate) burnt: Option<String>,
+    /// It was made to prove isolation on this node, and runs nowhere else.
+    pub(crate) only_on: Option<PoolNode>,
 }
 
 /// A runner the forge knows.
@@ -132,11 +135,13 @@ pub(crate) struct PoolState {
     pub(crate) enforcement: Enforcement,
     /// What each pod proved of its isolation.
     pub(crate) proofs: BTreeMap<String, PodProof>,
+    /// The nodes that fit the pool.
+    pub(crate) nodes: Vec<PoolNode>,
     /// What was last found on each node.
     pub(crate) isolation: BTreeMap<String, NodeIsolation>,
-    /// When a runner pod last told what it found.
-    pub(crate) proved: Option<Timestamp>,
-    /// A pod is made, or waits, for the sake of the proof alone.
+    /// When a runner pod last told what it found on a node, or could not start there, and what the node was like then.
+    pub(crate) tried: BTreeMap<String, (Timestamp, String)>,
+    /// Pods are made, or wait, for the sake of the proof alone.
     pub(crate) probing: bool,
     /// Policies as last applied: a digest of all, and each one's resource version.
     pub(crate) policies: Option<(String, BTreeMap<String, String>)>,
@@ -320,7 +325,8 @@ mod tests {
         let key = PoolKey { namespace: "team".to_owned(), name: "ci".to_owned() };
         let handle = PoolHandle::new(key, "uid".to_owned());
         let created = Timestamp::UNIX_EPOCH;
-        let spawned = Spawned { uid: "pod-uid".to_owned(), created, seen: false, asked: None, registering: None, burnt: None };
+        let spawned =
+            Spawned { uid: "pod-uid".to_owned(), created, seen: false, asked: None, registering: None, burnt: None, only_on: None };
         handle.state().spawned.insert("pod".to_owned(), spawned);
         crate::pool::proof::tests::prove(&mut handle.state(), "pod", created);
         handle

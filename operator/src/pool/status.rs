@@ -3,9 +3,10 @@
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use mayfly_crds::conditions::{self, Verdict, reasons};
-use mayfly_crds::{Counts, NodeIsolation, RunnerPoolStatus, WaitingJob};
+use mayfly_crds::{Counts, IsolationVerdict, NodeIsolation, RunnerPoolStatus, Starts, WaitingJob};
 
 use super::gather::{GatherError, Observed, WAITING_TOLD};
+use super::nodes::PoolNode;
 use super::plan::{Plan, Role};
 use super::proof;
 use super::registry::PoolState;
@@ -80,7 +81,7 @@ pub(super) fn status(
 ) -> RunnerPoolStatus {
     let mut new = old.clone();
     new.isolation = proof::nodes_told(state, &old.isolation);
-    let mut verdicts = vec![users.verdict(), isolation(&new.isolation)];
+    let mut verdicts = vec![users.verdict(), isolation(&new.isolation, &state.nodes)];
     new.scope = pool.map(Pool::scope_text).unwrap_or_default();
     new.last_failure = state.last_failure.clone().or_else(|| old.last_failure.clone());
     match outcome {
@@ -146,10 +147,10 @@ fn ready(state: &PoolState) -> Verdict {
     }
 }
 
-fn isolation(nodes: &[NodeIsolation]) -> Verdict {
+fn isolation(found: &[NodeIsolation], nodes: &[PoolNode]) -> Verdict {
     let type_ = conditions::ISOLATION_PROVED;
-    match proof::told(nodes) {
-        (mayfly_proof::Verdict::Proved, reason, message) => Verdict::yes(type_, reason, message),
+    match proof::told(found, nodes) {
+        (IsolationVerdict::Proved, reason, message) => Verdict::yes(type_, reason, message),
         (_, reason @ reasons::NO_PROOF_YET, message) => Verdict::unknown(type_, reason, message),
         (_, reason, message) => Verdict::no(type_, reason, message),
     }
@@ -174,13 +175,17 @@ fn counts(observed: &Observed, plan: &Plan) -> Counts {
     let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
     Counts {
         queued: number(observed.queued.len() + observed.beyond),
-        starting: number(total - running) + plan.create,
+        starting: number(total - running + plan.probe.len()) + plan.create,
         running: number(running),
     }
 }
 
 /// Whether two statuses differ in what must not wait: conditions and failures, not the numbers and lists that every job changes.
 pub(super) fn differs_at_once(a: &RunnerPoolStatus, b: &RunnerPoolStatus) -> bool {
-    let lasting = |status: &RunnerPoolStatus| RunnerPoolStatus { counts: Counts::default(), waiting_jobs: Vec::new(), ..status.clone() };
+    let lasting = |status: &RunnerPoolStatus| {
+        let mut lasting = RunnerPoolStatus { counts: Counts::default(), waiting_jobs: Vec::new(), ..status.clone() };
+        lasting.isolation.iter_mut().for_each(|node| node.starts = Starts { pods: 0, ..node.starts });
+        lasting
+    };
     lasting(a) != lasting(b)
 }

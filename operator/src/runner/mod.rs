@@ -6,5 +6,5 @@ mod pod;
 mod state;
 pub(crate) mod tls;
 
-pub(crate) use pod::{PodSettings, runner_pod};
+pub(crate) use pod::{Placement, PodRequest, PodSettings, runner_pod};
 pub(crate) use state::{Phase, Reason, phase};

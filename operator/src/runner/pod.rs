@@ -3,10 +3,12 @@
 //! `charts/mayfly/templates/admission.yaml` refuses a pod that is not exactly this: the two change together.
 
 use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
 
 use k8s_openapi::api::core::v1::{
-    Capabilities, Container, EmptyDirVolumeSource, EnvVar, LocalObjectReference, Pod, PodSecurityContext, PodSpec, ProjectedVolumeSource,
-    ResourceRequirements, SeccompProfile, SecurityContext, ServiceAccountTokenProjection, Volume, VolumeMount, VolumeProjection,
+    Affinity, Capabilities, Container, EmptyDirVolumeSource, EnvVar, LocalObjectReference, NodeAffinity, NodeSelector,
+    NodeSelectorRequirement, NodeSelectorTerm, Pod, PodSecurityContext, PodSpec, ProjectedVolumeSource, ResourceRequirements,
+    SeccompProfile, SecurityContext, ServiceAccountTokenProjection, Volume, VolumeMount, VolumeProjection,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
@@ -14,6 +16,7 @@ use mayfly_crds::RunnerPoolSpec;
 use mayfly_crds::names::{
     GATE_AUDIENCE, GATE_CONTAINER, LABEL_MANAGED_BY, LABEL_POOL, MANAGED_BY, RUNNER_CONTAINER, RUNNER_SERVICE_ACCOUNT, RunnerName,
 };
+use mayfly_proof::SENTINEL_PORT;
 
 /// User and group of the runner and of every step of a job.
 const RUNNER_ID: i64 = 1001;
@@ -43,17 +46,36 @@ pub(crate) struct PodSettings {
     pub(crate) gate_ca: String,
 }
 
-/// The pod of one runner. `life_seconds` ends it whatever happens.
-pub(crate) fn runner_pod(
-    name: &RunnerName,
-    namespace: &str,
-    pool: &str,
-    owner: &OwnerReference,
-    spec: &RunnerPoolSpec,
-    user_namespace: bool,
-    life_seconds: i64,
-    settings: &PodSettings,
-) -> Pod {
+/// What is asked for one runner.
+#[derive(Clone, Debug)]
+pub(crate) struct PodRequest<'a> {
+    pub(crate) name: &'a RunnerName,
+    pub(crate) namespace: &'a str,
+    pub(crate) pool: &'a str,
+    pub(crate) owner: &'a OwnerReference,
+    pub(crate) spec: &'a RunnerPoolSpec,
+    /// Whether it gets a user namespace of its own.
+    pub(crate) user_namespace: bool,
+    /// It ends after so many seconds, whatever happens.
+    pub(crate) life_seconds: i64,
+    /// Sentinels, which must not answer it.
+    pub(crate) sentinels: &'a [IpAddr],
+    /// Where it may be.
+    pub(crate) placement: Placement,
+}
+
+/// On which nodes a pod may be, beside what its pool says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Placement {
+    /// On this node alone, to prove isolation there.
+    OnlyOn(String),
+    /// Anywhere but on these, which were found open.
+    NotOn(Vec<String>),
+}
+
+/// The pod of one runner.
+pub(crate) fn runner_pod(request: &PodRequest<'_>, settings: &PodSettings) -> Pod {
+    let PodRequest { name, namespace, pool, owner, spec, .. } = *request;
     Pod {
         metadata: ObjectMeta {
             name: Some(name.to_string()),
@@ -70,12 +92,13 @@ pub(crate) fn runner_pod(
         },
         spec: Some(PodSpec {
             restart_policy: Some("Never".to_owned()),
-            host_users: user_namespace.then_some(false),
+            host_users: request.user_namespace.then_some(false),
             service_account_name: Some(RUNNER_SERVICE_ACCOUNT.to_owned()),
             automount_service_account_token: Some(false),
             enable_service_links: Some(false),
             share_process_namespace: Some(false),
-            active_deadline_seconds: Some(life_seconds),
+            active_deadline_seconds: Some(request.life_seconds),
+            affinity: affinity(&request.placement),
             termination_grace_period_seconds: Some(GRACE_SECONDS),
             runtime_class_name: spec.runner.runtime_class_name.clone(),
             node_selector: (!spec.runner.node_selector.is_empty()).then(|| spec.runner.node_selector.clone()),
@@ -90,7 +113,7 @@ pub(crate) fn runner_pod(
                 seccomp_profile: Some(SeccompProfile { type_: "RuntimeDefault".to_owned(), localhost_profile: None }),
                 ..PodSecurityContext::default()
             }),
-            init_containers: Some(vec![gate(settings)]),
+            init_containers: Some(vec![gate(request.sentinels, settings)]),
             containers: vec![runner(spec, settings)],
             image_pull_secrets: (!spec.runner.image_pull_secrets.is_empty()).then(|| pull_secrets(spec)),
             volumes: Some(volumes(spec)),
@@ -100,8 +123,31 @@ pub(crate) fn runner_pod(
     }
 }
 
+/// Nodes are named by field, one requirement each, as the API asks for.
+fn affinity(placement: &Placement) -> Option<Affinity> {
+    let requirement = |operator: &str, node: &String| NodeSelectorRequirement {
+        key: "metadata.name".to_owned(),
+        operator: operator.to_owned(),
+        values: Some(vec![node.clone()]),
+    };
+    let requirements: Vec<NodeSelectorRequirement> = match placement {
+        Placement::OnlyOn(node) => vec![requirement("In", node)],
+        Placement::NotOn(nodes) => nodes.iter().map(|node| requirement("NotIn", node)).collect(),
+    };
+    let term = NodeSelectorTerm { match_fields: Some(requirements), match_expressions: None };
+    let wanted = term.match_fields.iter().any(|all| !all.is_empty());
+    wanted.then(|| Affinity {
+        node_affinity: Some(NodeAffinity {
+            required_during_scheduling_ignored_during_execution: Some(NodeSelector { node_selector_terms: vec![term] }),
+            ..NodeAffinity::default()
+        }),
+        ..Affinity::default()
+    })
+}
+
 /// The native sidecar: it alone can speak for the pod.
-fn gate(settings: &PodSettings) -> Container {
+fn gate(sentinels: &[IpAddr], settings: &PodSettings) -> Container {
+    let sentinels: Vec<String> = sentinels.iter().map(|address| SocketAddr::from((*address, SENTINEL_PORT)).to_string()).collect();
     Container {
         name: GATE_CONTAINER.to_owned(),
         image: Some(settings.gate_image.clone()),
@@ -112,6 +158,7 @@ fn gate(settings: &PodSettings) -> Container {
             env("MAYFLY_OPERATOR_CA", &settings.gate_ca),
             env("MAYFLY_TOKEN_FILE", &format!("{TOKEN_DIR}/token")),
             env("MAYFLY_REGISTRATION", &format!("{HANDOFF_DIR}/registration")),
+            env("MAYFLY_SENTINELS", &sentinels.join(",")),
         ]),
         resources: Some(resources(
             &[("cpu", "5m"), ("memory", "16Mi"), ("ephemeral-storage", "1Mi")],

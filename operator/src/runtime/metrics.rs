@@ -31,6 +31,7 @@ pub(crate) struct Metrics {
     hand_overs: Family<Outcome, Counter>,
     proofs: Family<Outcome, Counter>,
     proof_seconds: Histogram,
+    starts: Family<Outcome, Counter>,
     deregistrations: Family<Outcome, Counter>,
     webhooks: Family<Outcome, Counter>,
     forge_errors: Family<Outcome, Counter>,
@@ -49,6 +50,7 @@ impl Metrics {
             hand_overs: Family::default(),
             proofs: Family::default(),
             proof_seconds: Histogram::new([0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0]),
+            starts: Family::default(),
             deregistrations: Family::default(),
             webhooks: Family::default(),
             forge_errors: Family::default(),
@@ -60,6 +62,11 @@ impl Metrics {
         registry.register("hand_overs", "Answers to gates", metrics.hand_overs.clone());
         registry.register("proofs", "Reports of gates on their pod's isolation", metrics.proofs.clone());
         registry.register("proof_seconds", "How long the rounds of a proof took", metrics.proof_seconds.clone());
+        registry.register(
+            "starts",
+            "Starts of runner pods, by whether a sentinel answered before policies were enforced",
+            metrics.starts.clone(),
+        );
         registry.register("deregistrations", "Registrations removed other than by a job's end", metrics.deregistrations.clone());
         registry.register("webhooks", "Webhook deliveries", metrics.webhooks.clone());
         registry.register("forge_errors", "Passes that could not see the forge", metrics.forge_errors.clone());
@@ -99,6 +106,10 @@ impl Metrics {
     pub(crate) fn proof(&self, outcome: &'static str, took_ms: u32) {
         self.proofs.get_or_create(&Outcome { outcome }).inc();
         self.proof_seconds.observe(f64::from(took_ms) / 1_000.0);
+    }
+
+    pub(crate) fn start(&self, leaked: bool) {
+        self.starts.get_or_create(&Outcome { outcome: if leaked { "leaked" } else { "closed" } }).inc();
     }
 
     pub(crate) fn deregistered(&self, outcome: &'static str) {

@@ -24,7 +24,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::cli::Settings;
 use crate::forge::gitea::Gitea;
-use crate::isolation::{Controls, Sentinels};
+use crate::isolation::{Controls, Names};
 use crate::kube_io::KubeIo;
 use crate::pool::{self, Context, Pools};
 use crate::runner::{handoff, tls};
@@ -66,9 +66,10 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
         secrets: stores.secrets.clone(),
         policies: stores.policies.clone(),
         nodes: stores.nodes.clone(),
+        daemon_sets: stores.daemon_sets.clone(),
         api_endpoints: stores.api_endpoints.clone(),
         controls: Controls::default(),
-        sentinels: Sentinels::default(),
+        names: Names::default(),
         tasks: TaskTracker::new(),
         settings,
     });

@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use anyhow::{Result, anyhow};
 use futures::{Stream, StreamExt, TryStreamExt};
-use k8s_openapi::api::core::v1::{Node, NodeStatus, Pod, PodSpec, Secret};
+use k8s_openapi::api::apps::v1::{DaemonSet, DaemonSetSpec};
+use k8s_openapi::api::core::v1::{Node, NodeStatus, Pod, PodSpec, PodTemplateSpec, Secret};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::api::Api;
@@ -20,7 +21,7 @@ use serde::de::DeserializeOwned;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::pool::{Guarded, PoolKey, Pools};
+use crate::pool::{Guarded, PoolKey, Pools, looked_at};
 use crate::runner::phase;
 
 /// The caches.
@@ -31,6 +32,7 @@ pub(super) struct Stores {
     pub(super) secrets: Store<Secret>,
     pub(super) policies: Store<NetworkPolicy>,
     pub(super) nodes: Store<Node>,
+    pub(super) daemon_sets: Store<DaemonSet>,
     pub(super) api_endpoints: Store<EndpointSlice>,
 }
 
@@ -42,6 +44,7 @@ impl Stores {
         self.secrets.wait_until_ready().await.map_err(ended)?;
         self.policies.wait_until_ready().await.map_err(ended)?;
         self.nodes.wait_until_ready().await.map_err(ended)?;
+        self.daemon_sets.wait_until_ready().await.map_err(ended)?;
         self.api_endpoints.wait_until_ready().await.map_err(ended)
     }
 }
@@ -99,12 +102,29 @@ pub(super) fn start(
         strip,
         move |_: &Secret, _| all.all().iter().for_each(|handle| all.wake(handle.key.clone())),
     );
-    let nodes = watch(parts, stop, "nodes", Api::<Node>::all(client.clone()), watcher::Config::default(), strip_node, |_: &Node, _| {});
+    // A node or a network plugin that is new or changed: every pool looks whether it has something to prove there.
+    let (all, mut seen) = (registry.clone(), HashMap::new());
+    let changed = move |node: &Node, gone: bool| {
+        let now = (!gone).then(|| looked_at(node));
+        if seen.insert(node.name_any(), now.clone()) != Some(now) {
+            all.all().iter().for_each(|handle| all.wake(handle.key.clone()));
+        }
+    };
+    let nodes = watch(parts, stop, "nodes", Api::<Node>::all(client.clone()), watcher::Config::default(), strip_node, changed);
+    let (all, mut seen) = (registry.clone(), HashMap::new());
+    let changed = move |set: &DaemonSet, gone: bool| {
+        let now = (!gone).then_some(set.metadata.generation);
+        if seen.insert((set.namespace(), set.name_any()), now) != Some(now) {
+            all.all().iter().for_each(|handle| all.wake(handle.key.clone()));
+        }
+    };
+    let sets = Api::<DaemonSet>::all(client.clone());
+    let daemon_sets = watch(parts, stop, "DaemonSets", sets, watcher::Config::default(), strip_daemon_set, changed);
     // By RBAC this one object and no other.
     let own = watcher::Config::default().fields("metadata.name=kubernetes");
     let api = Api::<EndpointSlice>::namespaced(client.clone(), "default");
     let api_endpoints = watch(parts, stop, "API server's endpoints", api, own, strip, |_: &EndpointSlice, _| {});
-    (Stores { pools, pods, secrets, policies, nodes, api_endpoints }, root)
+    (Stores { pools, pods, secrets, policies, nodes, daemon_sets, api_endpoints }, root)
 }
 
 fn combined() -> impl kube::runtime::Predicate<Guarded> {
@@ -156,12 +176,27 @@ fn strip_pod(pod: &mut Pod) {
     pod.spec = pod.spec.take().map(|spec| PodSpec { node_name: spec.node_name, ..PodSpec::default() });
 }
 
-/// Of a node: whether it takes pods, where it is, and what its runtime can do.
+/// Of a node: whether it takes pods, where it is, what runs it, and what its runtime can do.
 fn strip_node(node: &mut Node) {
     strip(node);
     node.metadata.annotations = None;
     if let Some(status) = &mut node.status {
-        *status =
-            NodeStatus { addresses: status.addresses.take(), runtime_handlers: status.runtime_handlers.take(), ..NodeStatus::default() };
+        *status = NodeStatus {
+            addresses: status.addresses.take(),
+            conditions: status.conditions.take(),
+            node_info: status.node_info.take(),
+            runtime_handlers: status.runtime_handlers.take(),
+            ..NodeStatus::default()
+        };
     }
+}
+
+/// Of a DaemonSet: its volumes, which tell a network plugin.
+fn strip_daemon_set(set: &mut DaemonSet) {
+    strip(set);
+    set.metadata.annotations = None;
+    set.status = None;
+    let volumes = set.spec.take().and_then(|spec| spec.template.spec).and_then(|spec| spec.volumes);
+    let spec = PodSpec { volumes, ..PodSpec::default() };
+    set.spec = Some(DaemonSetSpec { template: PodTemplateSpec { spec: Some(spec), metadata: None }, ..DaemonSetSpec::default() });
 }

@@ -57,9 +57,10 @@ fn context(server: &Server, pods: &[Pod]) -> Arc<Context> {
         secrets: reflector::store().0,
         policies: reflector::store().0,
         nodes: reflector::store().0,
+        daemon_sets: reflector::store().0,
         api_endpoints: reflector::store().0,
         controls: Controls::default(),
-        sentinels: Sentinels::default(),
+        names: Names::default(),
         tasks: TaskTracker::new(),
     })
 }
@@ -149,7 +150,8 @@ async fn a_deletion_the_api_server_refuses_is_not_told_as_done() {
     let pool = crate::pool::validate::tests::runner_pool(&json!({"forge": {"gitea": gitea}}).to_string());
     let pool = validate(&pool).expect("valid");
     let handle = ctx.registry.open(&pool.key, &pool.uid);
-    let waits = Spawned { uid: "uid-p".to_owned(), created: ctx.now(), seen: true, asked: None, registering: None, burnt: None };
+    let waits =
+        Spawned { uid: "uid-p".to_owned(), created: ctx.now(), seen: true, asked: None, registering: None, burnt: None, only_on: None };
     handle.state().spawned.insert("p".to_owned(), waits);
     let deletion = Deletion {
         name: "p".to_owned(),

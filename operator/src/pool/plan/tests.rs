@@ -24,13 +24,15 @@ fn pod(name: &str, role: Role) -> PodFacts {
         phase: Phase::Alive { waits: None },
         role,
         unproved: None,
+        node: Some("node1".to_owned()),
+        only_on: None,
     }
 }
 
 fn input(max: u32, queued: Vec<OwedJob>, pods: Vec<PodFacts>) -> Input {
     let deadlines =
         Deadlines { start: SignedDuration::from_mins(5), idle: SignedDuration::from_mins(5), job: SignedDuration::from_hours(6) };
-    Input { now: now(), max, warm: 0, probe: false, deadlines, queued, pods, not_before: None }
+    Input { now: now(), max, warm: 0, probe: Vec::new(), deadlines, queued, pods, not_before: None }
 }
 
 fn busy(refused: Option<Refusal>) -> Role {
@@ -59,13 +61,35 @@ fn a_registered_runner_serves_the_job_it_was_made_for_and_no_other_repository() 
 
 #[test]
 fn a_pod_for_the_proof_is_made_where_none_waits_and_goes_when_it_has_served() {
-    let probe = |probe: bool, queued: Vec<OwedJob>, pods: Vec<PodFacts>| plan(&Input { probe, ..input(10, queued, pods) });
-    assert_eq!(probe(true, vec![], vec![]).create, 1);
-    assert_eq!(probe(true, vec![job(1), job(2)], vec![]).create, 2, "the jobs' pods prove it as well");
+    let probe = |nodes: &[&str], queued: Vec<OwedJob>, pods: Vec<PodFacts>| {
+        plan(&Input { probe: nodes.iter().map(|node| (*node).to_owned()).collect(), ..input(10, queued, pods) })
+    };
+    let new = probe(&["node1", "node2"], vec![], vec![]);
+    assert_eq!((new.create, new.probe), (0, vec!["node1".to_owned(), "node2".to_owned()]));
+    let with_jobs = probe(&["node1"], vec![job(1), job(2)], vec![]);
+    assert_eq!((with_jobs.create, with_jobs.probe.len()), (2, 0), "the jobs' pods prove it as well");
+    let coming = PodFacts { node: None, ..pod("a", Role::Waiting { ready: false }) };
+    assert_eq!(probe(&["node1"], vec![job(1)], vec![coming]).probe.len(), 0, "where it will be is not known yet");
     let waits = || vec![pod("a", Role::Waiting { ready: false })];
-    assert_eq!((probe(true, vec![], waits()).create, probe(true, vec![], waits()).delete.len()), (0, 0));
-    let after = probe(false, vec![], waits());
+    let there = probe(&["node1", "node2"], vec![], waits());
+    assert_eq!((there.probe, there.delete.len()), (vec!["node2".to_owned()], 0));
+    let after = probe(&[], vec![], waits());
     assert!(after.delete[0].unless_taken && after.delete[0].failure.is_none());
+    let full = plan(&Input { max: 1, probe: vec!["node2".to_owned()], ..input(1, vec![], vec![pod("a", busy(None))]) });
+    assert_eq!(full.probe.len(), 0, "there is no room");
+}
+
+#[test]
+fn what_one_node_cannot_do_keeps_nothing_from_starting_elsewhere() {
+    let bound = |role: Role| PodFacts { node: None, only_on: Some("node2".to_owned()), ..pod("a", role) };
+    let no_room =
+        PodFacts { phase: Phase::Alive { waits: Some(Reason::new("Unschedulable", "0/1")) }, ..bound(Role::Waiting { ready: false }) };
+    let late = PodFacts { created: ago(301), ..bound(Role::Waiting { ready: false }) };
+    let open = PodFacts { unproved: Some(Reason::new("IsolationBreach", "Node")), ..bound(Role::Waiting { ready: true }) };
+    for (facts, told) in [(no_room, false), (late, true), (open, true)] {
+        let plan = plan(&Input { probe: vec!["node2".to_owned()], ..input(10, vec![], vec![facts]) });
+        assert_eq!((plan.delete[0].failure.is_some(), plan.delete[0].start_failure), (told, false));
+    }
 }
 
 #[test]
