@@ -4,12 +4,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::core::v1::{Namespace, ServiceAccount};
-use kube::api::{ApiResource, DeleteParams, DynamicObject, GroupVersionKind, Patch, PatchParams, PostParams};
+use k8s_openapi::api::events::v1::Event;
+use kube::api::{ApiResource, DeleteParams, DynamicObject, GroupVersionKind, ListParams, Patch, PatchParams, PostParams};
 use kube::{Api, ResourceExt};
 use mayfly_cluster::command::{feed, random_hex};
 use mayfly_crds::names::{ANNOTATION_JOB, RUNNER_SERVICE_ACCOUNT};
 use mayfly_e2e::World;
-use mayfly_e2e::stage::{POOL, Stage, workflow};
+use mayfly_e2e::stage::{PATIENCE, POOL, Stage, workflow};
+use mayfly_e2e::wait::eventually;
 use mayfly_e2e::world::{operator_account, repository};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -147,6 +149,15 @@ async fn nobody_changes_enters_or_opens_runner_pods() -> Result<()> {
         }
     }
     ensure!(cases.len() > 40, "{} cases", cases.len());
+    // What the break-glass group did is told, for alice and what she did, by the pool.
+    let events: Api<Event> = Api::namespaced(stage.world.client.clone(), &stage.namespace);
+    let told = format!("alice: pods/exec of {}/{pod}", stage.namespace);
+    eventually("the use of break-glass told", PATIENCE, || async {
+        let found = events.list(&ListParams::default()).await?;
+        let about = |event: &Event| event.reason.as_deref() == Some("BreakGlass") && event.note.as_deref() == Some(&told);
+        Ok(found.items.iter().any(about).then_some(()))
+    })
+    .await?;
     ensure!(stage.job("app", jobs[0].id)?.status == "in_progress", "the job goes on");
     stage.pod_api().delete(&pod, &DeleteParams::default()).await?;
     stage.nothing_left(&pool).await?;

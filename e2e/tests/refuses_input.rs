@@ -6,15 +6,18 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use hmac::{Hmac, Mac};
+use k8s_openapi::api::core::v1::Secret;
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
 use kube::{CustomResourceExt, ResourceExt};
 use mayfly_crds::RunnerPool;
+use mayfly_crds::names::{ANNOTATION_FORGE, ANNOTATION_POOL_NAMESPACES};
 use mayfly_e2e::install::webhook_url;
 use mayfly_e2e::pool;
 use mayfly_e2e::stage::{self, PATIENCE, POOL, Stage, said, workflow};
 use mayfly_e2e::wait::eventually;
+use mayfly_e2e::world::SYSTEM;
 use mayfly_e2e::{World, forge::Organization};
 use serde_json::{Value, json};
 use sha2::Sha256;
@@ -214,6 +217,31 @@ async fn a_secret_goes_to_its_own_forge_and_to_pools_of_its_own_namespaces_only(
     let (reason, _) = pool::condition(&mine.world, &mine.namespace, POOL, "Ready", "False").await?;
     assert_eq!(reason, "SecretNotAllowed");
     mine.strike().await
+}
+
+/// Neither by its address nor by a name that leads there is the operator's own node, or a metadata endpoint, taken for a forge: nothing
+/// is sent there, no token above all.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_address_that_is_no_forges_is_never_asked() -> Result<()> {
+    let stage = Stage::set("nowhere").await?;
+    for (n, url) in ["http://169.254.169.254", "http://localhost:8081", "http://[::1]:8081"].into_iter().enumerate() {
+        let name = format!("nowhere-{n}");
+        let secret = format!("{}-{name}", stage.namespace);
+        let api: Api<Secret> = Api::namespaced(stage.world.client.clone(), SYSTEM);
+        let annotations = json!({ANNOTATION_FORGE: url, ANNOTATION_POOL_NAMESPACES: stage.namespace});
+        let made = json!({"metadata": {"name": secret, "annotations": annotations}, "stringData": {"token": "t"}});
+        api.create(&PostParams::default(), &serde_json::from_value(made)?).await?;
+        let manifest = pool::manifest(&stage.world, &stage.namespace, &name, &stage.organization, |pool| {
+            pool["spec"]["forge"]["gitea"] =
+                json!({"url": url, "scope": {"organization": "any"}, "tokenSecretRef": {"name": secret, "key": "token"}});
+        });
+        pool::apply(&stage.world, &manifest).await?;
+        let (reason, message) = pool::condition(&stage.world, &stage.namespace, &name, "ForgeReachable", "False").await?;
+        ensure!(reason == "Unreachable" && message.contains("no job may reach it"), "{url}: {reason}: {message}");
+        pool::delete(&stage.world, &stage.namespace, &name).await?;
+        api.delete(&secret, &DeleteParams::default()).await?;
+    }
+    stage.strike().await
 }
 
 #[tokio::test(flavor = "multi_thread")]

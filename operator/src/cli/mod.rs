@@ -67,6 +67,15 @@ pub(crate) struct ControllerArgs {
     /// Where health and metrics are served.
     #[arg(long, env = "MAYFLY_HEALTH_ADDRESS", default_value = "0.0.0.0:8081")]
     health_address: SocketAddr,
+    /// ValidatingWebhookConfiguration by which the API server tells of break-glass use; without it nothing is told but in the audit log.
+    #[arg(long, env = "MAYFLY_BREAK_GLASS_WEBHOOK")]
+    break_glass_webhook: Option<String>,
+    /// Service through which the API server tells of it.
+    #[arg(long, env = "MAYFLY_ADMISSION_SERVICE", default_value = "mayfly-admission")]
+    admission_service: String,
+    /// Where that is listened for (TLS).
+    #[arg(long, env = "MAYFLY_ADMISSION_ADDRESS", default_value = "0.0.0.0:9443")]
+    admission_address: SocketAddr,
     /// Secret that keeps the gate API's certificate; made if it is not there.
     #[arg(long, env = "MAYFLY_GATE_SECRET", default_value = "mayfly-gate-tls")]
     gate_secret: String,
@@ -113,6 +122,9 @@ pub(crate) struct Settings {
     pub(crate) gate_address: SocketAddr,
     pub(crate) webhook_address: SocketAddr,
     pub(crate) health_address: SocketAddr,
+    pub(crate) break_glass_webhook: Option<String>,
+    pub(crate) admission_address: SocketAddr,
+    pub(crate) admission_name: String,
     pub(crate) gate_secret: String,
     pub(crate) gate_names: Vec<String>,
     pub(crate) forge_ca: Option<Vec<u8>>,
@@ -134,6 +146,7 @@ impl ControllerArgs {
             None => None,
         };
         let host = format!("{}.{}.svc", self.gate_service, self.namespace);
+        let admission_name = format!("{}.{}.svc", self.admission_service, self.namespace);
         let gate_port = self.gate_address.port();
         let sentinels = |suffix: &str| format!("{}{suffix}.{}.svc", self.sentinel_service, self.namespace);
         let (sentinel_service, sentinel_pods) = (sentinels(""), sentinels("-pods"));
@@ -157,6 +170,9 @@ impl ControllerArgs {
             gate_address: self.gate_address,
             webhook_address: self.webhook_address,
             health_address: self.health_address,
+            break_glass_webhook: self.break_glass_webhook,
+            admission_address: self.admission_address,
+            admission_name,
             gate_secret: self.gate_secret,
             gate_names: vec![host],
             forge_ca,

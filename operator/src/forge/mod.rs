@@ -2,6 +2,7 @@
 //!
 //! This room knows no Kubernetes. The contract every forge keeps is written at the methods of [`Forge`].
 
+mod address;
 pub(crate) mod gitea;
 pub(crate) mod secret;
 

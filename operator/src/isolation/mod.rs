@@ -9,5 +9,5 @@ mod targets;
 pub(crate) use controls::Controls;
 pub(crate) use endpoints::covers_metadata;
 pub(crate) use names::Names;
-pub(crate) use policies::{ClusterFacts, ForgeAddress, network_policies};
+pub(crate) use policies::{ClusterFacts, ForgeAddress, network_policies, no_forge_at};
 pub(crate) use targets::{Surroundings, WHOLE, challenge, forbidden};

@@ -59,11 +59,8 @@ pub(crate) fn network_policies(
         ("dns", vec![rule(vec![pods(&cluster.dns_namespace, &cluster.dns_labels)], &[("UDP", 53), ("TCP", 53)])]),
         ("gate", vec![rule(vec![pods(&cluster.operator_namespace, &cluster.operator_labels)], &[("TCP", cluster.gate_port)])]),
     ];
-    if let Some((address, endpoint)) = forge.addresses.iter().find_map(|a| Some((a, super::covers_metadata(&IpNet::from(*a))?))) {
-        return Err(format!("the forge's host name leads to {address}, which is {}: no job may reach it", endpoint.platform));
-    }
-    if let Some(address) = forge.addresses.iter().find(|address| is_never_a_forge(address)) {
-        return Err(format!("the forge's host name leads to {address}, which is no address for a server: no job may reach it"));
+    if let Some(why) = forge.addresses.iter().find_map(no_forge_at) {
+        return Err(why);
     }
     if !forge.addresses.is_empty() {
         let peers = forge.addresses.iter().map(|address| block(IpNet::from(*address), Vec::new())).collect();
@@ -83,6 +80,15 @@ pub(crate) fn network_policies(
     let deny = policy(pool, namespace, owner, "deny", None);
     let allows = openings.into_iter().map(|(purpose, rules)| policy(pool, namespace, owner, purpose, Some(rules)));
     Ok(std::iter::once(deny).chain(allows).collect())
+}
+
+/// Why there can be no forge at this address: neither the operator nor a job may speak to it.
+pub(crate) fn no_forge_at(address: &IpAddr) -> Option<String> {
+    if let Some(endpoint) = super::covers_metadata(&IpNet::from(*address)) {
+        return Some(format!("the forge's host name leads to {address}, which is {}: no job may reach it", endpoint.platform));
+    }
+    let never = is_never_a_forge(address);
+    never.then(|| format!("the forge's host name leads to {address}, which is no address for a server: no job may reach it"))
 }
 
 /// Loopback, link-local, multicast and unspecified addresses: a host name that leads there opens the node, not a forge.

@@ -5,6 +5,8 @@ use std::fmt::Debug;
 use std::future::Future;
 use std::time::Duration;
 
+use k8s_openapi::ByteString;
+use k8s_openapi::api::admissionregistration::v1::ValidatingWebhookConfiguration;
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec};
 use k8s_openapi::api::core::v1::{ObjectReference, Pod};
 use k8s_openapi::serde::Serialize;
@@ -19,6 +21,8 @@ use crate::runtime::metrics::Metrics;
 
 /// Field manager of everything the controller applies.
 pub(crate) const MANAGER: &str = "mayfly-controller";
+/// Name of the webhook that is asked about break-glass use, in its configuration.
+const WEBHOOK: &str = "break-glass.mayfly.dev";
 /// Deadline of one call, retries of the client included.
 const TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -155,6 +159,16 @@ impl KubeIo {
             ..TokenReview::default()
         };
         self.call("create", "tokenreviews", api.create(&PostParams::default(), &review)).await
+    }
+
+    /// Tells the API server at which path of its Service a validating webhook answers, and by which authority (PEM) it is known.
+    pub(crate) async fn point_webhook(&self, configuration: &str, path: &str, authority: &str) -> Result<(), WriteError> {
+        let api: Api<ValidatingWebhookConfiguration> = Api::all(self.client.clone());
+        let client = json!({"caBundle": ByteString(authority.as_bytes().to_vec()), "service": {"path": path}});
+        // Lists are merged by the webhook's name.
+        let patch = Patch::Strategic(json!({"webhooks": [{"name": WEBHOOK, "clientConfig": client}]}));
+        let params = PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() };
+        self.call("patch", "validatingwebhookconfigurations", api.patch(configuration, &params, &patch)).await.map(drop)
     }
 
     /// Publishes a warning about an object. A failure to do so is counted, not returned: events are a courtesy.

@@ -222,7 +222,7 @@ async fn note_failure(ctx: &Context, pool: &Pool, handle: &PoolHandle, deletion:
 }
 
 /// A pool as events name it.
-pub(super) fn reference_to(key: &PoolKey, uid: &str) -> ObjectReference {
+pub(crate) fn reference_to(key: &PoolKey, uid: &str) -> ObjectReference {
     ObjectReference {
         api_version: Some(RunnerPool::api_version(&()).into_owned()),
         kind: Some(RunnerPool::kind(&()).into_owned()),

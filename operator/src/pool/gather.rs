@@ -19,6 +19,7 @@ use super::registry::{Link, OwedJob, PoolHandle, PoolState, Registered};
 use super::validate::Pool;
 use crate::forge::gitea::Gitea;
 use crate::forge::{Forge, ForgeError, Job, JobKey, JobState, RegisteredRunner, Repository, Run, RunnerKey, Secret};
+use crate::isolation::no_forge_at;
 use crate::runner::{Phase, phase};
 
 /// Most waiting jobs told in a pool's status.
@@ -96,6 +97,10 @@ pub(super) async fn gather(ctx: &Context, pool: &Pool, handle: &Arc<PoolHandle>)
 
 /// The pool's forge client; a new one when the token or the address changed.
 pub(super) fn link(ctx: &Context, pool: &Pool, handle: &PoolHandle) -> Result<Arc<dyn Forge>, GatherError> {
+    // A name is checked when it is resolved, at every connection.
+    if let Some(why) = pool.host.parse().ok().and_then(|address| no_forge_at(&address)) {
+        return Err(GatherError::Forge(ForgeError::Unreachable(why)));
+    }
     let token = secret(ctx, pool, &pool.token, "forge.gitea.tokenSecretRef")?;
     let webhook_secret = match &pool.webhook_secret {
         Some(reference) => Some(secret(ctx, pool, reference, "forge.gitea.webhookSecretRef")?),

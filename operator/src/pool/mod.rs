@@ -12,6 +12,7 @@ mod registry;
 mod status;
 mod validate;
 
+pub(crate) use apply::reference_to;
 pub(crate) use controller::{Context, Guarded, run};
 pub(crate) use gather::{own_pods, runners_of_pool};
 pub(crate) use nodes::looked_at;

@@ -3,6 +3,7 @@
 pub(crate) mod handoff;
 pub(crate) mod identity;
 mod pod;
+pub(crate) mod sessions;
 mod state;
 pub(crate) mod tls;
 

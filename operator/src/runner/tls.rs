@@ -40,7 +40,8 @@ pub(crate) async fn load_or_create(io: &KubeIo, namespace: &str, secret: &str, n
             let uid = stored.uid().unwrap_or_default();
             io.delete_this::<Secret>(namespace, secret, &uid, None).await.context("replacing the gate's certificate")?;
         }
-        let (tls, object) = generate(namespace, secret, names)?;
+        let (tls, not_after) = generate(names)?;
+        let object = kept(namespace, secret, names, &tls, not_after);
         match io.create(namespace, &object).await {
             Ok(_) => return Ok(tls),
             // Another process was faster.
@@ -61,7 +62,8 @@ fn still_good(secret: &Secret, names: &[String]) -> Option<GateTls> {
     Some(GateTls { authority: text("ca.crt")?, certificate: text("tls.crt")?, key: crate::forge::Secret::new(text("tls.key")?) })
 }
 
-fn generate(namespace: &str, secret: &str, names: &[String]) -> Result<(GateTls, Secret)> {
+/// A certificate for these names, by an authority of its own whose key is thrown away; and when both end.
+pub(crate) fn generate(names: &[String]) -> Result<(GateTls, Timestamp)> {
     let now = Timestamp::now();
     let not_after = now + LIFE;
     let day = |time: Timestamp| {
@@ -89,10 +91,14 @@ fn generate(namespace: &str, secret: &str, names: &[String]) -> Result<(GateTls,
     dates(&mut leaf);
     let key = KeyPair::generate()?;
     let certificate = leaf.signed_by(&key, &issuer)?.pem();
-    let key = key.serialize_pem();
+    let key = crate::forge::Secret::new(key.serialize_pem());
+    Ok((GateTls { authority: authority_pem, certificate, key }, not_after))
+}
 
+/// The Secret that keeps it.
+fn kept(namespace: &str, secret: &str, names: &[String], tls: &GateTls, not_after: Timestamp) -> Secret {
     let bytes = |text: &str| ByteString(text.as_bytes().to_vec());
-    let object = Secret {
+    Secret {
         metadata: ObjectMeta {
             name: Some(secret.to_owned()),
             namespace: Some(namespace.to_owned()),
@@ -105,13 +111,12 @@ fn generate(namespace: &str, secret: &str, names: &[String]) -> Result<(GateTls,
         },
         type_: Some("kubernetes.io/tls".to_owned()),
         data: Some(BTreeMap::from([
-            ("ca.crt".to_owned(), bytes(&authority_pem)),
-            ("tls.crt".to_owned(), bytes(&certificate)),
-            ("tls.key".to_owned(), bytes(&key)),
+            ("ca.crt".to_owned(), bytes(&tls.authority)),
+            ("tls.crt".to_owned(), bytes(&tls.certificate)),
+            ("tls.key".to_owned(), bytes(tls.key.reveal())),
         ])),
         ..Secret::default()
-    };
-    Ok((GateTls { authority: authority_pem, certificate, key: crate::forge::Secret::new(key) }, object))
+    }
 }
 
 #[cfg(test)]
@@ -121,7 +126,8 @@ mod tests {
     #[test]
     fn a_fresh_certificate_is_good_and_one_for_other_names_is_not() {
         let names = ["mayfly-gate.mayfly-system.svc".to_owned()];
-        let (_, object) = generate("mayfly-system", "mayfly-gate-tls", &names).expect("a certificate");
+        let (tls, not_after) = generate(&names).expect("a certificate");
+        let object = kept("mayfly-system", "mayfly-gate-tls", &names, &tls, not_after);
         assert!(still_good(&object, &names).is_some());
         assert!(still_good(&object, &["other".to_owned()]).is_none());
         let mut old = object;

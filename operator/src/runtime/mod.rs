@@ -24,10 +24,11 @@ use tokio_util::task::TaskTracker;
 
 use crate::cli::Settings;
 use crate::forge::gitea::Gitea;
-use crate::isolation::{Controls, Names};
+use crate::isolation::{Controls, Names, no_forge_at};
 use crate::kube_io::KubeIo;
 use crate::pool::{self, Context, Pools};
-use crate::runner::{handoff, tls};
+use crate::runner::tls::{self, GateTls};
+use crate::runner::{handoff, sessions};
 
 /// How long open requests and passes may take to end.
 const GRACE: Duration = Duration::from_secs(8);
@@ -58,7 +59,7 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
     let pools = stores.pools.clone();
     let ctx = Arc::new(Context {
         io,
-        http: Gitea::http_client(settings.forge_ca.as_deref()).context("HTTP client")?,
+        http: Gitea::http_client(settings.forge_ca.as_deref(), no_forge_at).context("HTTP client")?,
         metrics,
         registry,
         pools: stores.pools.clone(),
@@ -73,8 +74,18 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
         tasks: TaskTracker::new(),
         settings,
     });
-    let tls = RustlsConfig::from_pem(gate_tls.certificate.into_bytes(), gate_tls.key.reveal().as_bytes().to_vec()).await?;
-    serve_tls(&mut parts, "gate", ctx.settings.gate_address, handoff::router(ctx.clone()), tls, &stop);
+    serve_tls(&mut parts, "gate", ctx.settings.gate_address, handoff::router(ctx.clone()), gate_tls, &stop).await?;
+    if let Some(configuration) = ctx.settings.break_glass_webhook.clone() {
+        // Nobody but the API server trusts it, and is told anew at every start.
+        let (tls, _) = tls::generate(std::slice::from_ref(&ctx.settings.admission_name))?;
+        let path = format!("/v1/break-glass/{:032x}", rand::random::<u128>());
+        let announce = sessions::announce(ctx.clone(), configuration, path.clone(), tls.authority.clone());
+        serve_tls(&mut parts, "admission", ctx.settings.admission_address, sessions::router(ctx.clone(), &path), tls, &stop).await?;
+        let until = stop.clone();
+        ctx.tasks.spawn(async move {
+            tokio::select! { () = announce => {}, () = until.cancelled() => {} }
+        });
+    }
     serve_plain(&mut parts, "webhooks", ctx.settings.webhook_address, pool::hints::router(ctx.clone()), &stop);
 
     let (controller_ctx, token, gate) = (ctx.clone(), stop.clone(), health.clone());
@@ -136,19 +147,21 @@ fn serve_plain(
     serve(parts, name, address, handle, Box::pin(server), stop);
 }
 
-fn serve_tls(
+async fn serve_tls(
     parts: &mut JoinSet<Result<&'static str>>,
     name: &'static str,
     address: SocketAddr,
     router: Router,
-    tls: RustlsConfig,
+    tls: GateTls,
     stop: &CancellationToken,
-) {
+) -> Result<()> {
+    let tls = RustlsConfig::from_pem(tls.certificate.into_bytes(), tls.key.reveal().as_bytes().to_vec()).await?;
     let handle = Handle::new();
     let mut server = axum_server::bind_rustls(address, tls).handle(handle.clone());
     hurry(server.http_builder());
     let server = server.serve(router.into_make_service());
     serve(parts, name, address, handle, Box::pin(server), stop);
+    Ok(())
 }
 
 fn serve(

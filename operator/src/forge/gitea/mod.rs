@@ -13,6 +13,7 @@ use reqwest::{Method, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::address::{Refuse, Resolver};
 use super::{Forge, ForgeError, Job, JobKey, JobState, RegisteredRunner, Registration, Removal, Repository, Run, RunnerKey, Secret};
 
 /// Entries asked for per page: Gitea's own default limit (`[api] MAX_RESPONSE_ITEMS`); a server may be set to give fewer.
@@ -54,11 +55,12 @@ impl Gitea {
 
     /// An HTTP client fit for forges: no redirects (a redirect would carry the token elsewhere), bounded waiting.
     /// `authorities` are further certificate authorities, PEM.
-    pub(crate) fn http_client(authorities: Option<&[u8]>) -> Result<reqwest::Client, reqwest::Error> {
+    pub(crate) fn http_client(authorities: Option<&[u8]>, refuse: Refuse) -> Result<reqwest::Client, reqwest::Error> {
         let mut builder = reqwest::Client::builder()
             .user_agent(concat!("mayfly/", env!("CARGO_PKG_VERSION")))
             .redirect(reqwest::redirect::Policy::none())
             .no_proxy()
+            .dns_resolver(Resolver::shared(refuse))
             .connect_timeout(Duration::from_secs(5))
             .timeout(CALL_TIMEOUT);
         for authority in reqwest::Certificate::from_pem_bundle(authorities.unwrap_or_default())? {

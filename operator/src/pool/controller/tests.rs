@@ -49,7 +49,7 @@ fn context(server: &Server, pods: &[Pod]) -> Arc<Context> {
     Arc::new(Context {
         settings: arguments.settings().expect("settings"),
         io: KubeIo::new(server.client(), None, metrics.clone()),
-        http: Gitea::http_client(None).expect("a client"),
+        http: Gitea::http_client(None, |_| None).expect("a client"),
         metrics,
         registry: Arc::new(Pools::new().0),
         pools: reflector::store().0,
