@@ -5,15 +5,16 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use k8s_openapi::api::core::v1::{Pod, Service};
+use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
-use kube::api::{DeleteParams, LogParams, PostParams};
+use kube::api::{DeleteParams, PostParams};
 use kube::{Api, ResourceExt};
+use mayfly_cluster::World as Place;
 use mayfly_crds::names::ANNOTATION_JOB;
 use mayfly_e2e::stage::{PATIENCE, POOL, Stage, said, workflow};
 use mayfly_e2e::wait::eventually;
-use mayfly_e2e::world::{SYSTEM, built, repository};
+use mayfly_e2e::world::repository;
 use mayfly_e2e::{World, leak, pool};
 use serde_json::{Value, json};
 
@@ -130,20 +131,9 @@ fn endpoints() -> Result<(BTreeSet<SocketAddr>, BTreeSet<SocketAddr>)> {
 
 /// Runs [`TRY`] in a pod that no policy selects; returns what answers there.
 async fn unpoliced(world: &World, name: &str, targets: &BTreeSet<SocketAddr>) -> Result<BTreeSet<SocketAddr>> {
-    let api: Api<Pod> = Api::namespaced(world.client.clone(), SYSTEM);
     let mut command = vec!["python3".to_owned(), "-c".to_owned(), TRY.to_owned()];
     command.extend(targets.iter().map(ToString::to_string));
-    let pod: Pod =
-        serde_json::from_value(json!({"metadata": {"name": name}, "spec": {"restartPolicy": "Never", "terminationGracePeriodSeconds": 0,
-        "containers": [{"name": "try", "image": "mayfly.test/gitea-runner:dev", "imagePullPolicy": "Never", "command": command}]}}))?;
-    api.create(&PostParams::default(), &pod).await?;
-    let log = eventually("the control's word", PATIENCE, || async {
-        let log = api.logs(name, &LogParams::default()).await?;
-        Ok(log.contains("tried=").then_some(log))
-    })
-    .await?;
-    api.delete(name, &DeleteParams::default()).await?;
-    Ok(opened(&log))
+    Ok(opened(&world.unpoliced(name, &command, "tried=").await?))
 }
 
 /// The same in a job.
@@ -174,11 +164,8 @@ async fn metadata_is_unreachable() -> Result<()> {
     let pool = stage.pool(|pool| pool["spec"]["isolation"] = json!({"egress": {"internet": true}})).await?;
     stage.hook()?;
     let (ipv4, all) = endpoints()?;
-    let demo = built()?.join("demo").display().to_string();
     for address in &ipv4 {
-        stage.world.cluster.add_outside_address(&format!("{}/32", address.ip()))?;
-        let name = format!("decoy-{}", address.to_string().replace(['.', ':'], "-"));
-        stage.world.cluster.start_outside(&name, &[&demo, "decoy", &address.to_string()])?;
+        stage.world.decoy(Place::Outside, *address).await?;
     }
     let answers = unpoliced(&stage.world, &stage.namespace, &ipv4).await?;
     assert_eq!(answers, ipv4, "the decoys answer where no policy stands in the way");
@@ -195,11 +182,7 @@ async fn service_redirect_is_blocked() -> Result<()> {
     let pool = stage.pool(|_| {}).await?;
     stage.hook()?;
     let decoy = "100.100.100.200";
-    stage.world.cluster.add_outside_address(&format!("{decoy}/32"))?;
-    stage
-        .world
-        .cluster
-        .start_outside("decoy-100-100-100-200-80", &[&built()?.join("demo").display().to_string(), "decoy", &format!("{decoy}:80")])?;
+    stage.world.decoy(Place::Outside, SocketAddr::new(decoy.parse()?, 80)).await?;
     let node = stage.world.cluster.layout().addresses().node.to_string();
     let mut targets = BTreeSet::new();
     for (name, address, port) in [("kubelet", node.as_str(), 10_250), ("metadata", decoy, 80)] {

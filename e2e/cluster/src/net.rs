@@ -10,6 +10,7 @@
 //! This machine has routes to node, pods and Services through the outside world. The other way round only answers pass, and
 //! nothing is ever translated towards the machine's own network: a pod cannot reach it.
 
+use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -152,9 +153,10 @@ case $resolv in /run/*) mount -t tmpfs -o mode=755 tmpfs /run; mkdir -p "$(dirna
 mount --bind "$RESOLV" /etc/resolv.conf
 "#;
 
-/// Adds an address that the outside world answers for, e.g. a decoy's.
-pub fn add_outside_address(layout: &Layout, cidr: &str) -> Result<()> {
-    run(&mut command("ip", ["-n", &layout.netns(World::Outside), "addr", "replace", cidr, "dev", "lo"]))
+/// Adds an address that the outside world or the node answers for, e.g. a decoy's.
+pub fn add_address(layout: &Layout, world: World, address: IpAddr) -> Result<()> {
+    let whole = if address.is_ipv4() { 32 } else { 128 };
+    run(&mut command("ip", ["-n", &layout.netns(world), "addr", "replace", &format!("{address}/{whole}"), "dev", "lo"]))
 }
 
 /// Removes mount and network namespaces, and with them every link, route and rule. Nothing may run in them any more.
