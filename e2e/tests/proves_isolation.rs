@@ -20,6 +20,10 @@ use serde_json::{Value, json};
 
 /// What every proof has to say something about on a cluster of one node.
 const CLASSES: [&str; 7] = ["ApiServer", "Metadata", "Node", "Outside", "Pods", "Required", "Services"];
+/// Rows that a program of the node itself answers: the agents of ECS, of EKS Pod Identity and of GKE.
+const AGENTS: [&str; 4] = ["169.254.170.2", "169.254.170.23", "169.254.169.252", "fd00:ec2::23"];
+/// The row that no decoy can answer: it needs a link's name beside it, and is of that link alone, which ends at the pod's node.
+const LINK_LOCAL: &str = "fe80::a9fe:a9fe";
 /// Tries every address of its arguments at once and says which of them took the connection.
 const TRY: &str = "import socket,sys,threading
 def go(a):
@@ -112,8 +116,8 @@ async fn breach_ends_the_job() -> Result<()> {
     stage.strike().await
 }
 
-/// The IPv4 rows of the operator's list, and all rows.
-fn endpoints() -> Result<(BTreeSet<SocketAddr>, BTreeSet<SocketAddr>)> {
+/// The rows of the operator's list.
+fn endpoints() -> Result<BTreeSet<SocketAddr>> {
     let list = std::fs::read_to_string(repository().join("operator/src/isolation/metadata-endpoints.yaml"))?;
     let mut all = BTreeSet::new();
     for row in list.lines().filter(|line| line.contains("address: ")) {
@@ -123,10 +127,10 @@ fn endpoints() -> Result<(BTreeSet<SocketAddr>, BTreeSet<SocketAddr>)> {
         };
         let (address, port) = field("address").zip(field("port")).with_context(|| row.to_owned())?;
         let port: u16 = port.parse()?;
-        all.insert(SocketAddr::from((address.parse::<std::net::IpAddr>()?, if port == 0 { 80 } else { port })));
+        all.insert(SocketAddr::new(address.parse()?, if port == 0 { 80 } else { port }));
     }
-    ensure!(all.len() > 20, "{all:?}");
-    Ok((all.iter().filter(|address| address.is_ipv4()).copied().collect(), all))
+    ensure!(all.len() > 20 && all.iter().any(SocketAddr::is_ipv6), "{all:?}");
+    Ok(all)
 }
 
 /// Runs [`TRY`] in a pod that no policy selects; returns what answers there.
@@ -156,20 +160,26 @@ fn opened(log: &str) -> BTreeSet<SocketAddr> {
     log.lines().filter_map(|line| line.strip_prefix("open=")).filter_map(|address| address.trim().parse().ok()).collect()
 }
 
-/// Every row of the list, against decoys that answer whoever has no policy. The cluster has no IPv6: those rows are tried, and that
-/// they are silent shows nothing here.
+/// Every row of the list, IPv4 and IPv6, against decoys that answer whoever has no policy: those of [`AGENTS`] bound on the node, the
+/// others routed to the outside world. [`LINK_LOCAL`] is tried and has none.
 #[tokio::test(flavor = "multi_thread")]
 async fn metadata_is_unreachable() -> Result<()> {
     let stage = Stage::set("meta").await?;
     let pool = stage.pool(|pool| pool["spec"]["isolation"] = json!({"egress": {"internet": true}})).await?;
     stage.hook()?;
-    let (ipv4, all) = endpoints()?;
-    for address in &ipv4 {
-        stage.world.decoy(Place::Outside, *address).await?;
+    let rows = endpoints()?;
+    let mut decoys = rows.clone();
+    decoys.retain(|row| row.ip().to_string() != LINK_LOCAL);
+    assert_eq!(decoys.len(), rows.len() - 1);
+    for row in &decoys {
+        // An IPv4-mapped address is a way to write the other one, and no packet has it.
+        let address = SocketAddr::new(row.ip().to_canonical(), row.port());
+        let bound = AGENTS.contains(&address.ip().to_string().as_str());
+        stage.world.decoy(if bound { Place::Node } else { Place::Outside }, address).await?;
     }
-    let answers = unpoliced(&stage.world, &stage.namespace, &ipv4).await?;
-    assert_eq!(answers, ipv4, "the decoys answer where no policy stands in the way");
-    let open = in_a_job(&stage, &all).await?;
+    let answers = unpoliced(&stage.world, &stage.namespace, &decoys).await?;
+    assert_eq!(answers, decoys, "the decoys answer where no policy stands in the way");
+    let open = in_a_job(&stage, &rows).await?;
     ensure!(open.is_empty(), "a job reached {open:?}");
     stage.nothing_left(&pool).await?;
     stage.strike().await
