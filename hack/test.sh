@@ -1,6 +1,8 @@
 #!/bin/bash
 # Runs every test against the cluster that is up: unit tests, the demo, end-to-end tests.
 # Usage: hack/test.sh FOLDER-OF-BUILT-PROGRAMS [FILTER]      (with a filter: the demo, which installs, and the end-to-end tests that fit)
+# Tests of `without_engine` have a second cluster, which enforces no network policies, for as long as they take; a filter that begins
+# with `without_engine` runs nothing else.
 # JUnit results go to target/junit/*.xml; the last line is "N passed, N failed".
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -29,13 +31,34 @@ single() {
   suite "$name" run_single "$@"
 }
 
+# The second cluster is named after the first, as far as a name goes.
+first=${MAYFLY_E2E_NAME:-mayfly}
+second=${first:0:4}-plain
+case $filter in ''|without_engine*) plain=yes;; *) plain=;; esac
+if [ "$plain" ] && [ "$(id -u)" -ne 0 ]; then
+  echo "== without_engine: left out: only root can have a cluster without an engine" >&2
+  plain=
+fi
+if [ "$plain" ]; then
+  # Meanwhile the unit tests run.
+  MAYFLY_E2E_CLUSTER=local "$bin/cluster" --name "$second" up --engine none --also helm,image-gitea-runner >"$junit/plain-cluster.log" 2>&1 & up=$!
+fi
+
 if [ -z "$filter" ]; then
   suite unit cargo test --release --workspace --no-fail-fast --lib --bins --test reasons --test reference --test rooms
 fi
 if [ -z "$filter" ] && "$bin/cluster" build helm; then
   single generated hack/generate.sh --check "$bin/mayfly" "$("$bin/cluster" path helm)"
 fi
-single demo "$bin/demo"
-suite e2e cargo test --release --workspace --test e2e -- --include-ignored --test-threads=4 $filter
+if [ "$plain" ]; then
+  wait "$up" || cat "$junit/plain-cluster.log"
+  MAYFLY_E2E_NAME=$second suite without_engine \
+    cargo test --release --workspace --test e2e -- --include-ignored ${filter:-without_engine}
+  "$bin/cluster" --name "$second" down
+fi
+case $filter in without_engine*) ;; *)
+  single demo "$bin/demo"
+  suite e2e cargo test --release --workspace --test e2e -- --include-ignored --test-threads=4 --skip without_engine:: $filter;;
+esac
 printf '\n%s passed, %s failed\n' "$passed" "$failed"
 [ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]

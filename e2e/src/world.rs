@@ -1,11 +1,21 @@
 //! The cluster, the forge and the clients to both.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::{DeleteParams, LogParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
-use kube::{Client, Config};
-use mayfly_cluster::{Cluster, Forge, ForgeAccess};
+use kube::{Api, Client, Config};
+use mayfly_cluster::command::run;
+use mayfly_cluster::{Cluster, Forge, ForgeAccess, World as Place};
+use serde_json::json;
+use tokio::sync::Mutex;
+
+use crate::stage::PATIENCE;
+use crate::wait::eventually;
 
 /// Namespace of the operator.
 pub const SYSTEM: &str = "mayfly-system";
@@ -50,7 +60,49 @@ impl World {
         config.auth_info.impersonate = Some(operator_account());
         Ok(Client::try_from(config)?)
     }
+
+    /// Has a metadata endpoint's address answer, on the node or in the outside world, so that silence means something. Returns the
+    /// file in which it notes who came, as `visit FIRST-LINE`. It answers until the cluster ends.
+    ///
+    /// # Errors
+    /// When it does not answer the node, where no policy stands in the way.
+    pub async fn decoy(&self, place: Place, address: SocketAddr) -> Result<PathBuf> {
+        let _one = DECOYS.lock().await;
+        let name = format!("decoy-{}", address.to_string().replace(['.', ':', '[', ']'], "-"));
+        let program = built()?.join("demo").display().to_string();
+        self.cluster.add_address(place, address.ip())?;
+        self.cluster.start(place, &name, &[&program, "decoy", &address.to_string()])?;
+        let knock = format!("exec 3<>/dev/tcp/{}/{} && head -c 4 <&3 | grep -q HTTP", address.ip(), address.port());
+        eventually(format!("the decoy at {address}"), Duration::from_secs(5), || async {
+            run(&mut self.cluster.command_in(Place::Node, ["bash", "-c", &knock])).map(Some)
+        })
+        .await
+        .context("the decoy must answer where no policy stands in the way")?;
+        Ok(self.cluster.layout().log(&name))
+    }
+
+    /// Runs a command of the runner's image in a pod that no policy selects, until it has said `last`; returns what it said. What does
+    /// not answer there shows nothing by being silent elsewhere.
+    ///
+    /// # Errors
+    /// When it does not say so.
+    pub async fn unpoliced(&self, name: &str, command: &[String], last: &str) -> Result<String> {
+        let api: Api<Pod> = Api::namespaced(self.client.clone(), SYSTEM);
+        let container = json!({"name": "try", "image": "mayfly.test/gitea-runner:dev", "imagePullPolicy": "Never", "command": command});
+        let spec = json!({"restartPolicy": "Never", "terminationGracePeriodSeconds": 0, "containers": [container]});
+        api.create(&PostParams::default(), &serde_json::from_value(json!({"metadata": {"name": name}, "spec": spec}))?).await?;
+        let log = eventually(format!("the word of pod {name}"), PATIENCE, || async {
+            let log = api.logs(name, &LogParams::default()).await?;
+            Ok(log.contains(last).then_some(log))
+        })
+        .await?;
+        api.delete(name, &DeleteParams::default()).await?;
+        Ok(log)
+    }
 }
+
+/// One decoy is started at a time: two programs cannot listen on one address.
+static DECOYS: Mutex<()> = Mutex::const_new(());
 
 /// The operator's user name.
 pub fn operator_account() -> String {

@@ -1,4 +1,5 @@
-//! End-to-end tests, named by promise. They need a cluster that is up with the operator installed: `make test` sees to both.
+//! End-to-end tests, named by promise. They need a cluster that is up with the operator installed: `make test` sees to both. Those of
+//! `without_engine` need one of another kind, and fail on this one.
 
 mod admission_refuses;
 mod cleans_up;
@@ -9,3 +10,4 @@ mod refuses_input;
 mod refuses_jobs;
 mod runs_jobs;
 mod settles;
+mod without_engine;

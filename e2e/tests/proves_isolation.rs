@@ -6,22 +6,27 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::apps::v1::DaemonSet;
-use k8s_openapi::api::core::v1::{Node, Pod, Service};
+use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
-use kube::api::{DeleteParams, ListParams, LogParams, Patch, PatchParams, PostParams};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::{Api, ResourceExt};
+use mayfly_cluster::World as Place;
 use mayfly_crds::IsolationVerdict;
 use mayfly_crds::names::ANNOTATION_JOB;
 use mayfly_e2e::stage::{PATIENCE, POOL, Stage, said, workflow};
 use mayfly_e2e::wait::eventually;
-use mayfly_e2e::world::{SYSTEM, built, repository};
+use mayfly_e2e::world::repository;
 use mayfly_e2e::{World, leak, pool};
 use serde_json::{Value, json};
 
 /// What every proof has to say something about on a cluster of one node.
 const CLASSES: [&str; 7] = ["ApiServer", "Metadata", "Node", "Outside", "Pods", "Required", "Services"];
+/// Rows that a program of the node itself answers: the agents of ECS, of EKS Pod Identity and of GKE.
+const AGENTS: [&str; 4] = ["169.254.170.2", "169.254.170.23", "169.254.169.252", "fd00:ec2::23"];
+/// The row that no decoy can answer: it needs a link's name beside it, and is of that link alone, which ends at the pod's node.
+const LINK_LOCAL: &str = "fe80::a9fe:a9fe";
 /// Tries every address of its arguments at once and says which of them took the connection.
 const TRY: &str = "import socket,sys,threading
 def go(a):
@@ -186,8 +191,8 @@ async fn breach_ends_the_job() -> Result<()> {
     stage.strike().await
 }
 
-/// The IPv4 rows of the operator's list, and all rows.
-fn endpoints() -> Result<(BTreeSet<SocketAddr>, BTreeSet<SocketAddr>)> {
+/// The rows of the operator's list.
+fn endpoints() -> Result<BTreeSet<SocketAddr>> {
     let list = std::fs::read_to_string(repository().join("operator/src/isolation/metadata-endpoints.yaml"))?;
     let mut all = BTreeSet::new();
     for row in list.lines().filter(|line| line.contains("address: ")) {
@@ -197,28 +202,17 @@ fn endpoints() -> Result<(BTreeSet<SocketAddr>, BTreeSet<SocketAddr>)> {
         };
         let (address, port) = field("address").zip(field("port")).with_context(|| row.to_owned())?;
         let port: u16 = port.parse()?;
-        all.insert(SocketAddr::from((address.parse::<std::net::IpAddr>()?, if port == 0 { 80 } else { port })));
+        all.insert(SocketAddr::new(address.parse()?, if port == 0 { 80 } else { port }));
     }
-    ensure!(all.len() > 20, "{all:?}");
-    Ok((all.iter().filter(|address| address.is_ipv4()).copied().collect(), all))
+    ensure!(all.len() > 20 && all.iter().any(SocketAddr::is_ipv6), "{all:?}");
+    Ok(all)
 }
 
 /// Runs [`TRY`] in a pod that no policy selects; returns what answers there.
 async fn unpoliced(world: &World, name: &str, targets: &BTreeSet<SocketAddr>) -> Result<BTreeSet<SocketAddr>> {
-    let api: Api<Pod> = Api::namespaced(world.client.clone(), SYSTEM);
     let mut command = vec!["python3".to_owned(), "-c".to_owned(), TRY.to_owned()];
     command.extend(targets.iter().map(ToString::to_string));
-    let pod: Pod =
-        serde_json::from_value(json!({"metadata": {"name": name}, "spec": {"restartPolicy": "Never", "terminationGracePeriodSeconds": 0,
-        "containers": [{"name": "try", "image": "mayfly.test/gitea-runner:dev", "imagePullPolicy": "Never", "command": command}]}}))?;
-    api.create(&PostParams::default(), &pod).await?;
-    let log = eventually("the control's word", PATIENCE, || async {
-        let log = api.logs(name, &LogParams::default()).await?;
-        Ok(log.contains("tried=").then_some(log))
-    })
-    .await?;
-    api.delete(name, &DeleteParams::default()).await?;
-    Ok(opened(&log))
+    Ok(opened(&world.unpoliced(name, &command, "tried=").await?))
 }
 
 /// The same in a job.
@@ -241,23 +235,26 @@ fn opened(log: &str) -> BTreeSet<SocketAddr> {
     log.lines().filter_map(|line| line.strip_prefix("open=")).filter_map(|address| address.trim().parse().ok()).collect()
 }
 
-/// Every row of the list, against decoys that answer whoever has no policy. The cluster has no IPv6: those rows are tried, and that
-/// they are silent shows nothing here.
+/// Every row of the list, IPv4 and IPv6, against decoys that answer whoever has no policy: those of [`AGENTS`] bound on the node, the
+/// others routed to the outside world. [`LINK_LOCAL`] is tried and has none.
 #[tokio::test(flavor = "multi_thread")]
 async fn metadata_is_unreachable() -> Result<()> {
     let stage = Stage::set("meta").await?;
     let pool = stage.pool(|pool| pool["spec"]["isolation"] = json!({"egress": {"internet": true}})).await?;
     stage.hook()?;
-    let (ipv4, all) = endpoints()?;
-    let demo = built()?.join("demo").display().to_string();
-    for address in &ipv4 {
-        stage.world.cluster.add_outside_address(&format!("{}/32", address.ip()))?;
-        let name = format!("decoy-{}", address.to_string().replace(['.', ':'], "-"));
-        stage.world.cluster.start_outside(&name, &[&demo, "decoy", &address.to_string()])?;
+    let rows = endpoints()?;
+    let mut decoys = rows.clone();
+    decoys.retain(|row| row.ip().to_string() != LINK_LOCAL);
+    assert_eq!(decoys.len(), rows.len() - 1);
+    for row in &decoys {
+        // An IPv4-mapped address is a way to write the other one, and no packet has it.
+        let address = SocketAddr::new(row.ip().to_canonical(), row.port());
+        let bound = AGENTS.contains(&address.ip().to_string().as_str());
+        stage.world.decoy(if bound { Place::Node } else { Place::Outside }, address).await?;
     }
-    let answers = unpoliced(&stage.world, &stage.namespace, &ipv4).await?;
-    assert_eq!(answers, ipv4, "the decoys answer where no policy stands in the way");
-    let open = in_a_job(&stage, &all).await?;
+    let answers = unpoliced(&stage.world, &stage.namespace, &decoys).await?;
+    assert_eq!(answers, decoys, "the decoys answer where no policy stands in the way");
+    let open = in_a_job(&stage, &rows).await?;
     ensure!(open.is_empty(), "a job reached {open:?}");
     stage.nothing_left(&pool).await?;
     stage.strike().await
@@ -270,11 +267,7 @@ async fn service_redirect_is_blocked() -> Result<()> {
     let pool = stage.pool(|_| {}).await?;
     stage.hook()?;
     let decoy = "100.100.100.200";
-    stage.world.cluster.add_outside_address(&format!("{decoy}/32"))?;
-    stage
-        .world
-        .cluster
-        .start_outside("decoy-100-100-100-200-80", &[&built()?.join("demo").display().to_string(), "decoy", &format!("{decoy}:80")])?;
+    stage.world.decoy(Place::Outside, SocketAddr::new(decoy.parse()?, 80)).await?;
     let node = stage.world.cluster.layout().addresses().node.to_string();
     let mut targets = BTreeSet::new();
     for (name, address, port) in [("kubelet", node.as_str(), 10_250), ("metadata", decoy, 80)] {

@@ -1,5 +1,6 @@
 //! A cluster as tests, benchmarks and the demo use it, whoever provides it.
 
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 
@@ -120,6 +121,12 @@ impl Cluster {
         self.layout.at("log/audit.log")
     }
 
+    /// The forge's log of the requests it got: one line for each, with `"METHOD PATH PROTOCOL"` in it. A forge that was there before has
+    /// none.
+    pub fn forge_access_log(&self) -> PathBuf {
+        self.layout.at(forge::ACCESS_LOG)
+    }
+
     /// The forge.
     pub fn forge(&self) -> Result<ForgeAccess> {
         if !self.saved.forge {
@@ -192,25 +199,31 @@ impl Cluster {
         self.command_in(world, argv).status().context("cannot start nsenter; is util-linux installed?")
     }
 
-    /// Starts a program in the outside world under a name, unless it runs: a decoy, a cloud. It writes to `log/NAME.log`, outlives this
-    /// program and ends with the cluster.
-    pub fn start_outside(&self, name: &str, argv: &[&str]) -> Result<()> {
+    /// Starts a program in a namespace of the cluster under a name, unless it runs: a decoy, a cloud. It writes to `log/NAME.log`,
+    /// outlives this program and ends with the cluster. Where the cluster is not of this machine, its outside world is this machine,
+    /// and nothing is started on its nodes.
+    pub fn start(&self, world: World, name: &str, argv: &[&str]) -> Result<()> {
         let (program, args) = argv.split_first().context("nothing to start")?;
-        let world = if self.saved.provider == Provider::Local { World::Outside } else { World::Machine };
+        let world = match (self.saved.provider, world) {
+            (Provider::Local, world) => world,
+            (_, World::Node) => bail!("programs are started on the node of a local cluster only"),
+            (_, World::Outside | World::Machine) => World::Machine,
+        };
         Daemon::new(name, world, PathBuf::from(program)).args(args.iter().copied()).ensure(&self.layout).map(drop)
     }
 
-    /// Stops what [`start_outside`](Self::start_outside) started.
-    pub fn stop_outside(&self, name: &str) -> Result<()> {
+    /// Stops what [`start`](Self::start) started.
+    pub fn stop(&self, name: &str) -> Result<()> {
         if recorded(&self.layout, name).is_none() {
             return Ok(());
         }
         stop(&self.layout, &[name], std::time::Duration::from_secs(5))
     }
 
-    /// Adds an address, such as `198.51.100.10/32`, that programs of the outside world can listen on. 169.254.169.254 is there already.
-    pub fn add_outside_address(&self, cidr: &str) -> Result<()> {
-        net::add_outside_address(&self.layout, cidr)
+    /// Adds an address that programs of the outside world or of the node can listen on. 169.254.169.254 is in the outside world
+    /// already. An address of the node takes precedence over one outside, to which pods are routed.
+    pub fn add_address(&self, world: World, address: IpAddr) -> Result<()> {
+        net::add_address(&self.layout, world, address)
     }
 }
 

@@ -95,7 +95,7 @@ fn etcd(layout: &Layout) -> Daemon {
 
 fn api_server(layout: &Layout) -> Daemon {
     let pki = |file: &str| pki::path(layout, file).display().to_string();
-    let (node, services) = (&layout.addresses().node, &layout.addresses().service_cidr);
+    let node = &layout.addresses().node;
     let issuer = format!("https://kubernetes.default.svc.{CLUSTER_DOMAIN}");
     Daemon::new("kube-apiserver", World::Node, layout.bin("kube-apiserver")).args([
         "--etcd-servers=http://127.0.0.1:2379".to_owned(),
@@ -108,7 +108,7 @@ fn api_server(layout: &Layout) -> Daemon {
         "--authorization-mode=Node,RBAC".into(),
         "--enable-admission-plugins=NodeRestriction".into(),
         "--allow-privileged=true".into(),
-        format!("--service-cluster-ip-range={services}"),
+        format!("--service-cluster-ip-range={}", services(layout)),
         format!("--service-account-issuer={issuer}"),
         format!("--service-account-jwks-uri={issuer}/openid/v1/jwks"),
         format!("--service-account-key-file={}", pki("service-accounts.pub")),
@@ -126,6 +126,11 @@ fn api_server(layout: &Layout) -> Daemon {
     ])
 }
 
+/// Both ranges. Services are IPv4 unless they ask for more.
+fn services(layout: &Layout) -> String {
+    format!("{},{}", layout.addresses().service_cidr, layout.addresses().service_cidr_v6)
+}
+
 fn controller_manager(layout: &Layout) -> Daemon {
     let pki = |file: &str| pki::path(layout, file).display().to_string();
     Daemon::new("kube-controller-manager", World::Node, layout.bin("kube-controller-manager")).args([
@@ -138,10 +143,11 @@ fn controller_manager(layout: &Layout) -> Daemon {
         format!("--cluster-signing-cert-file={}", pki("ca.crt")),
         format!("--cluster-signing-key-file={}", pki("ca.key")),
         "--allocate-node-cidrs=true".into(),
-        format!("--cluster-cidr={}", layout.addresses().pod_cidr),
+        format!("--cluster-cidr={},{}", layout.addresses().pod_cidr, layout.addresses().pod_cidr_v6),
         // Room for the kubelet's 250 pods and for addresses of those just gone.
-        "--node-cidr-mask-size=22".into(),
-        format!("--service-cluster-ip-range={}", layout.addresses().service_cidr),
+        "--node-cidr-mask-size-ipv4=22".into(),
+        "--node-cidr-mask-size-ipv6=64".into(),
+        format!("--service-cluster-ip-range={}", services(layout)),
         // Unused, and made where the default says if it is not there.
         format!("--flex-volume-plugin-dir={}", layout.at("kubelet/volume-plugins").display()),
         "--kube-api-qps=200".into(),

@@ -57,7 +57,8 @@ impl Engine {
             Self::Other => Ok(()),
             Self::None => {
                 let state = layout.state().display().to_string();
-                let values = [("STATE", state.as_str()), ("POD_CIDR", layout.addresses().pod_cidr.as_str())];
+                let (v4, v6) = (layout.addresses().pod_cidr.as_str(), layout.addresses().pod_cidr_v6.as_str());
+                let values = [("STATE", state.as_str()), ("POD_CIDR", v4), ("POD_CIDR_V6", v6)];
                 let config = render(include_str!("../templates/ptp.conflist"), &values)?;
                 write_file(&layout.at("cni/conf/05-ptp.conflist"), &config)
             }
@@ -115,11 +116,13 @@ fn cilium(layout: &Layout) -> Result<()> {
         // A tree of its own: the agent would attach programs to the machine's.
         format!("--cgroup-root={}", data.join("cgroup").display()),
         "--enable-ipv4=true".into(),
-        "--enable-ipv6=false".into(),
+        "--enable-ipv6=true".into(),
         "--devices=eth0".into(),
         "--routing-mode=native".into(),
         format!("--ipv4-native-routing-cidr={}", layout.addresses().pod_cidr),
+        format!("--ipv6-native-routing-cidr={}", layout.addresses().pod_cidr_v6),
         "--enable-ipv4-masquerade=true".into(),
+        "--enable-ipv6-masquerade=true".into(),
         "--kube-proxy-replacement=false".into(),
         "--enable-l7-proxy=true".into(),
         "--disable-envoy-version-check=true".into(),

@@ -17,6 +17,8 @@ pub const FORGE_PORT: u16 = 3000;
 /// Name of the cluster whose addresses are those of the documentation.
 pub const DEFAULT_NAME: &str = "mayfly";
 
+/// Prefix of all IPv6 addresses (RFC 4193): no network of the real world, and nothing that Mayfly opens by itself.
+const UNIQUE_LOCAL: &str = "fd6d:6179:666c";
 /// Number of clusters that can be up at the same time.
 const SLOTS: u32 = 16;
 
@@ -38,6 +40,14 @@ pub struct Addresses {
     pub pod_cidr: String,
     /// Services. 10.96.0.0/16
     pub service_cidr: String,
+    /// The node, in IPv6. fd6d:6179:666c:a000::1
+    pub node_v6: String,
+    /// The outside world on the node's network, in IPv6. fd6d:6179:666c:a000::fe
+    pub outside_v6: String,
+    /// Pods, in IPv6. fd6d:6179:666c:b000::/56
+    pub pod_cidr_v6: String,
+    /// Services, in IPv6. fd6d:6179:666c:c000::/112
+    pub service_cidr_v6: String,
     /// The Service `kubernetes`. 10.96.0.1
     pub api_service: String,
     /// The Service `kube-dns`. 10.96.0.10
@@ -62,6 +72,10 @@ impl Addresses {
             host_link: format!("172.30.{link}.2"),
             pod_cidr: format!("10.{pods}.0.0/16"),
             service_cidr: format!("10.{services}.0.0/16"),
+            node_v6: format!("{UNIQUE_LOCAL}:a{slot:x}00::1"),
+            outside_v6: format!("{UNIQUE_LOCAL}:a{slot:x}00::fe"),
+            pod_cidr_v6: format!("{UNIQUE_LOCAL}:b{slot:x}00::/56"),
+            service_cidr_v6: format!("{UNIQUE_LOCAL}:c{slot:x}00::/112"),
             api_service: format!("10.{services}.0.1"),
             dns: format!("10.{services}.0.10"),
         }
@@ -260,6 +274,11 @@ mod tests {
             for field in [&other.node, &other.host, &other.dns] {
                 assert!(field.parse::<std::net::Ipv4Addr>().is_ok(), "{field}");
             }
+            for field in [&other.node_v6, &other.outside_v6] {
+                assert!(field.parse::<std::net::Ipv6Addr>().is_ok(), "{field}");
+            }
+            assert_ne!(other.pod_cidr_v6, usual.pod_cidr_v6);
+            assert_ne!(other.service_cidr_v6, usual.service_cidr_v6);
         }
     }
 

@@ -7,9 +7,12 @@
 //!                                   lo    169.254.169.254                pods 10.244.0.0/16, Services 10.96.0.0/16
 //! ```
 //!
+//! Node, outside world, pods and Services have IPv6 addresses beside these (`fd6d:6179:666c::/48`); this machine has none of them.
+//!
 //! This machine has routes to node, pods and Services through the outside world. The other way round only answers pass, and
 //! nothing is ever translated towards the machine's own network: a pod cannot reach it.
 
+use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -28,7 +31,7 @@ pub fn create(layout: &Layout) -> Result<()> {
     let (node, outside, host) = (layout.netns(World::Node), layout.netns(World::Outside), layout.host_link());
     let Addresses { node: node_ip, outside: outside_ip, node_cidr, host: host_ip, host_link, pod_cidr, service_cidr, .. } =
         layout.addresses();
-    let sysctl = "net.ipv4.ip_forward=1";
+    let Addresses { node_v6, outside_v6, pod_cidr_v6, service_cidr_v6, .. } = layout.addresses();
     for netns in [&node, &outside] {
         run(&mut command("ip", ["netns", "add", netns]))
             .with_context(|| format!("cannot make the network namespace {netns}; this needs root and a kernel with network namespaces"))?;
@@ -39,19 +42,30 @@ pub fn create(layout: &Layout) -> Result<()> {
     ])?;
     ip_in(
         &node,
-        &["link set lo up", &format!("addr add {node_ip}/24 dev eth0"), "link set eth0 up", &format!("route add default via {outside_ip}")],
-    )?;
+        &[
+            "link set lo up",
+            &format!("addr add {node_ip}/24 dev eth0"),
+            &format!("addr add {node_v6}/64 dev eth0 nodad"),
+            "link set eth0 up",
+            &format!("route add default via {outside_ip}"),
+            &format!("route add ::/0 via {outside_v6}"),
+        ],
+    )
+    .context("cannot give the node its addresses; this needs a kernel with IPv6 as well")?;
     ip_in(
         &outside,
         &[
             "link set lo up",
             &format!("addr add {METADATA_IP}/32 dev lo"),
             &format!("addr add {outside_ip}/24 dev eth0"),
+            &format!("addr add {outside_v6}/64 dev eth0 nodad"),
             "link set eth0 up",
             &format!("addr add {host_link}/30 dev host0"),
             "link set host0 up",
             &format!("route add {pod_cidr} via {node_ip}"),
             &format!("route add {service_cidr} via {node_ip}"),
+            &format!("route add {pod_cidr_v6} via {node_v6}"),
+            &format!("route add {service_cidr_v6} via {node_v6}"),
         ],
     )?;
     ip(&[
@@ -62,7 +76,7 @@ pub fn create(layout: &Layout) -> Result<()> {
         &format!("route add {service_cidr} via {host_link}"),
     ])?;
     for netns in [&node, &outside] {
-        run(&mut command("ip", ["netns", "exec", netns, "sysctl", "-qw", sysctl]))?;
+        run(&mut command("ip", ["netns", "exec", netns, "sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"]))?;
     }
     // Answers may pass to this machine, questions may not.
     let firewall = "table inet mayfly {
@@ -152,9 +166,10 @@ case $resolv in /run/*) mount -t tmpfs -o mode=755 tmpfs /run; mkdir -p "$(dirna
 mount --bind "$RESOLV" /etc/resolv.conf
 "#;
 
-/// Adds an address that the outside world answers for, e.g. a decoy's.
-pub fn add_outside_address(layout: &Layout, cidr: &str) -> Result<()> {
-    run(&mut command("ip", ["-n", &layout.netns(World::Outside), "addr", "replace", cidr, "dev", "lo"]))
+/// Adds an address that the outside world or the node answers for, e.g. a decoy's.
+pub fn add_address(layout: &Layout, world: World, address: IpAddr) -> Result<()> {
+    let whole = if address.is_ipv4() { 32 } else { 128 };
+    run(&mut command("ip", ["-n", &layout.netns(world), "addr", "replace", &format!("{address}/{whole}"), "dev", "lo"]))
 }
 
 /// Removes mount and network namespaces, and with them every link, route and rule. Nothing may run in them any more.

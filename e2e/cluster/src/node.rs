@@ -45,7 +45,7 @@ pub fn ensure_agents(layout: &Layout) -> Result<()> {
     let state = layout.state().display().to_string();
     let pki_folder = layout.at("pki").display().to_string();
     let socket = layout.containerd_socket().display().to_string();
-    let node_ip = &layout.addresses().node;
+    let (node_ip, node_v6) = (&layout.addresses().node, &layout.addresses().node_v6);
     let config = layout.at("kubelet.yaml");
     write_file(
         &config,
@@ -67,7 +67,7 @@ pub fn ensure_agents(layout: &Layout) -> Result<()> {
         format!("--kubeconfig={}", pki::path(layout, "kubelet.kubeconfig").display()),
         format!("--root-dir={}", layout.at("kubelet").display()),
         format!("--hostname-override={NODE_NAME}"),
-        format!("--node-ip={node_ip}"),
+        format!("--node-ip={node_ip},{node_v6}"),
     ]);
     kubelet.mounts = Some(Mounts { propagation: "unchanged", script: sysctl_shim(layout) });
     kubelet.ensure(layout)?;

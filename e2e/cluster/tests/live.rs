@@ -87,13 +87,13 @@ fn names_of_the_cluster_resolve_in_both_worlds_and_real_names_do_not() {
 fn a_program_of_the_outside_world_starts_once_and_stops() {
     let cluster = Cluster::connect().unwrap();
     let answers = || cluster.run_in(World::Node, ["bash", "-c", "exec 3<>/dev/tcp/198.51.100.77/8099"]).unwrap().success();
-    cluster.add_outside_address("198.51.100.77/32").unwrap();
+    cluster.add_address(World::Outside, "198.51.100.77".parse().unwrap()).unwrap();
     let argv = ["python3", "-m", "http.server", "8099", "--bind", "198.51.100.77"];
-    cluster.start_outside("live-decoy", &argv).unwrap();
-    cluster.start_outside("live-decoy", &argv).unwrap();
+    cluster.start(World::Outside, "live-decoy", &argv).unwrap();
+    cluster.start(World::Outside, "live-decoy", &argv).unwrap();
     until(|| answers().then_some(()));
-    cluster.stop_outside("live-decoy").unwrap();
-    cluster.stop_outside("live-decoy").unwrap();
+    cluster.stop("live-decoy").unwrap();
+    cluster.stop("live-decoy").unwrap();
     assert!(!answers());
 }
 

@@ -190,7 +190,11 @@ fn now() -> f64 {
 /// The shape of a runner pod, with a program that tells the time and waits for its end.
 async fn shape(stage: &Stage) -> Result<PodSpec> {
     let id = dispatch(stage)?;
-    let shape = leak::shape(stage, "date +%s.%N; trap 'exit 0' TERM; sleep 600 & wait").await?;
+    let pod = stage.a_pod("to take the shape of", |pod| pod.spec.is_some()).await?;
+    let mut shape = pod.spec.context("a pod has a spec")?;
+    shape.node_name = None;
+    let runner = shape.containers.first_mut().context("a runner")?;
+    runner.command = Some(["bash", "-c", "date +%s.%N; trap 'exit 0' TERM; sleep 600 & wait"].map(str::to_owned).to_vec());
     stage.succeeds("app", id).await?;
     Ok(shape)
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -12,9 +12,8 @@ use futures::{StreamExt, TryStreamExt};
 use k8s_openapi::api::core::v1::Pod;
 use kube::runtime::watcher::{Config, Event, watcher};
 use kube::{Api, ResourceExt};
-use mayfly_cluster::command::run;
 use mayfly_cluster::forge::{Job, Scope};
-use mayfly_cluster::{Cluster, Options, Progress, World as Where};
+use mayfly_cluster::{Cluster, Options, Progress, World as Place};
 use mayfly_crds::names::{ANNOTATION_JOB, LABEL_POOL};
 use mayfly_e2e::forge::Organization;
 use mayfly_e2e::wait::eventually;
@@ -24,7 +23,7 @@ const ORGANIZATION: &str = "demo";
 const REPOSITORY: &str = "hello";
 const NAMESPACE: &str = "mayfly-demo";
 const POOL: &str = "demo";
-const METADATA: &str = "169.254.169.254:80";
+const METADATA: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(169, 254, 169, 254)), 80);
 const WORKFLOW: &str = include_str!("../../demo/hello.yml");
 
 /// Shows Mayfly at work on a cluster and a forge on this machine.
@@ -37,7 +36,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Play a cloud's metadata endpoint: answer on this address until ended. (The demo starts this in the outside world.)
+    /// Play a cloud's metadata endpoint: answer on this address until ended. (The demo and the tests start this.)
     #[command(hide = true)]
     Decoy {
         /// Address and port.
@@ -65,7 +64,8 @@ async fn demo() -> Result<()> {
     let cluster = Cluster::up(Options::default(), &progress)?;
     install::install(&cluster, &progress)?;
     let world = World::connect().await?;
-    start_decoy(&world).await?;
+    // It answers, so that "no answer" in the job means something.
+    world.decoy(Place::Outside, METADATA).await?;
 
     let step = progress.step("forge and pool");
     let organization = Organization::create(&world, ORGANIZATION)?;
@@ -211,20 +211,6 @@ fn replace_hook(forge: &mayfly_cluster::Forge, url: &str, secret: &str) -> Resul
     }
     forge.create_hook(&Scope::Organization(ORGANIZATION.to_owned()), url, secret, &["workflow_job"])?;
     Ok(())
-}
-
-/// A metadata endpoint that answers, so that "no answer" in the job means something.
-async fn start_decoy(world: &World) -> Result<()> {
-    let own = std::env::current_exe().context("the path of this program")?;
-    let own = own.to_str().context("the path of this program is not text")?;
-    world.cluster.start_outside("decoy-metadata", &[own, "decoy", METADATA])?;
-    eventually("the metadata decoy", Duration::from_secs(5), || async {
-        let mut probe =
-            world.cluster.command_in(Where::Node, ["bash", "-c", "exec 3<>/dev/tcp/169.254.169.254/80 && head -c 4 <&3 | grep -q HTTP"]);
-        run(&mut probe).map(Some)
-    })
-    .await
-    .context("the decoy must answer where no policy stands in the way")
 }
 
 fn decoy(address: &str) -> Result<()> {

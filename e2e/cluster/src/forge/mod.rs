@@ -4,4 +4,4 @@ mod client;
 mod server;
 
 pub use client::{CallError, Forge, Job, Run, Runner, Scope};
-pub use server::{ADMIN, PART, PASSWORD_FILE, Place, TOKEN_FILE, admin_password, admin_token, ensure, healthy};
+pub use server::{ACCESS_LOG, ADMIN, PART, PASSWORD_FILE, Place, TOKEN_FILE, admin_password, admin_token, ensure, healthy};

@@ -20,6 +20,9 @@ pub const ADMIN: &str = "mayfly-admin";
 /// Name of the forge's process.
 pub const PART: &str = "forge";
 
+/// The log of requests, below the cluster's state.
+pub const ACCESS_LOG: &str = "forge/data/log/access.log";
+
 /// The administrator's token, below the cluster's state.
 pub const TOKEN_FILE: &str = "forge/admin-token";
 
