@@ -2,6 +2,7 @@
 
 mod admission_refuses;
 mod cleans_up;
+mod finds_nothing_durable;
 mod hides_secrets;
 mod leaves_nothing_to_find;
 mod proves_isolation;
