@@ -3,11 +3,14 @@
 
 mod admission_refuses;
 mod cleans_up;
+mod finds_nothing_durable;
 mod hides_secrets;
+mod holds_no_rights;
 mod leaves_nothing_to_find;
 mod proves_isolation;
 mod refuses_input;
 mod refuses_jobs;
 mod runs_jobs;
 mod settles;
+mod stays_in_its_pod;
 mod without_engine;
