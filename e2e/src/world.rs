@@ -61,8 +61,8 @@ impl World {
         Ok(Client::try_from(config)?)
     }
 
-    /// Has a metadata endpoint's address answer, on the node or in the outside world, so that silence means something. Returns the
-    /// file in which it notes who came, as `visit FIRST-LINE`. It answers until the cluster ends.
+    /// Has an address answer as a metadata endpoint would, on the node or in the outside world, so that silence means something. Returns
+    /// the file in which it notes who came, as `visit FIRST-LINE`. It answers until the cluster ends.
     ///
     /// # Errors
     /// When it does not answer the node, where no policy stands in the way.

@@ -166,7 +166,7 @@ case $resolv in /run/*) mount -t tmpfs -o mode=755 tmpfs /run; mkdir -p "$(dirna
 mount --bind "$RESOLV" /etc/resolv.conf
 "#;
 
-/// Adds an address that the outside world or the node answers for, e.g. a decoy's.
+/// Adds an address that the outside world or the node answers for, e.g. a decoy's. Cilium takes one of the node for the node itself.
 pub fn add_address(layout: &Layout, world: World, address: IpAddr) -> Result<()> {
     let whole = if address.is_ipv4() { 32 } else { 128 };
     run(&mut command("ip", ["-n", &layout.netns(world), "addr", "replace", &format!("{address}/{whole}"), "dev", "lo"]))
