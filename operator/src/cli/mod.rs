@@ -153,6 +153,7 @@ impl ControllerArgs {
                 dns_namespace: self.dns_namespace,
                 dns_labels: self.dns_labels,
                 cluster_ranges: self.cluster_ranges,
+                nodes: Vec::new(),
             },
             gate_address: self.gate_address,
             webhook_address: self.webhook_address,

@@ -1,11 +1,13 @@
 //! Network isolation of runner pods: what is closed, what is open, the list of what must never be, and how a pod shows that it is so.
 
+mod cilium;
 mod controls;
 mod endpoints;
 mod policies;
 mod sentinels;
 mod targets;
 
+pub(crate) use cilium::{CiliumNetworkPolicy, cilium_policies};
 pub(crate) use controls::Controls;
 pub(crate) use endpoints::covers_metadata;
 pub(crate) use policies::{ClusterFacts, ForgeAddress, network_policies};

@@ -32,6 +32,8 @@ pub(crate) struct ClusterFacts {
     pub(crate) dns_labels: BTreeMap<String, String>,
     /// Addresses of nodes, pods, Services and the API server: never reachable, even where they are public.
     pub(crate) cluster_ranges: Vec<IpNet>,
+    /// Addresses of nodes and of the API server's endpoints.
+    pub(crate) nodes: Vec<IpAddr>,
 }
 
 /// Where the forge answers.
@@ -173,13 +175,13 @@ fn block(range: IpNet, except: Vec<IpNet>) -> NetworkPolicyPeer {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use mayfly_crds::EgressAllow;
     use proptest::prelude::*;
 
     use super::*;
 
-    fn cluster() -> ClusterFacts {
+    pub(crate) fn cluster() -> ClusterFacts {
         let labels = |key: &str, value: &str| BTreeMap::from([(key.to_owned(), value.to_owned())]);
         ClusterFacts {
             operator_namespace: "mayfly-system".to_owned(),
@@ -188,6 +190,7 @@ mod tests {
             dns_namespace: "kube-system".to_owned(),
             dns_labels: labels("k8s-app", "kube-dns"),
             cluster_ranges: vec!["203.0.113.0/28".parse().expect("a range"), "2001:db8:77::/64".parse().expect("a range")],
+            nodes: vec!["203.0.113.5".parse().expect("an address")],
         }
     }
 

@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::apply::{self, apply};
+use super::dialects::Dialects;
 use super::gather::{self, gather};
 use super::plan::{Input, Plan, Role, plan, plan_blind};
 use super::proof;
@@ -61,6 +62,7 @@ pub(crate) struct Context {
     pub(crate) pods: Store<Pod>,
     pub(crate) secrets: Store<Secret>,
     pub(crate) policies: Store<NetworkPolicy>,
+    pub(crate) dialects: Arc<Dialects>,
     pub(crate) nodes: Store<Node>,
     /// Endpoints of the API server.
     pub(crate) api_endpoints: Store<EndpointSlice>,

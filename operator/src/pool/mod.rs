@@ -3,6 +3,7 @@
 mod accept;
 mod apply;
 mod controller;
+mod dialects;
 mod gather;
 pub(crate) mod hints;
 mod plan;
@@ -12,6 +13,7 @@ mod status;
 mod validate;
 
 pub(crate) use controller::{Context, Guarded, run};
+pub(crate) use dialects::Dialects;
 pub(crate) use gather::{own_pods, runners_of_pool};
 pub(crate) use registry::{NoJob, PoolHandle, PoolKey, Pools};
 pub(crate) use validate::Pool;

@@ -1,0 +1,220 @@
+//! A pool's policies in Cilium's dialect. Its denials win over every opening, also over one that somebody else made, which a
+//! NetworkPolicy cannot do.
+//!
+//! Fields are those of `cilium.io/v2` as of Cilium 1.15 (pkg/policy/api): no port ranges, at most 40 ports in a list.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, OwnerReference};
+use kube::CustomResource;
+use mayfly_crds::Egress;
+use mayfly_crds::names::{LABEL_MANAGED_BY, LABEL_POOL, MANAGED_BY};
+use serde::{Deserialize, Serialize};
+
+use super::endpoints::Endpoints;
+use super::policies::{ClusterFacts, ForgeAddress};
+
+/// Link-local ranges: metadata endpoints of most clouds, those that are not in the list included.
+const LINK_LOCAL: [&str; 2] = ["169.254.0.0/16", "fe80::/10"];
+/// What Cilium calls the pod's own node, the others, and the API server wherever it is.
+const NODES: [&str; 3] = ["host", "remote-node", "kube-apiserver"];
+/// What listens on nodes, for a cluster where something that jobs need does so as well: SSH, HTTP, etcd, API server, Cilium, kubelet,
+/// kube-proxy, controller manager, scheduler.
+const NODE_PORTS: [u16; 16] = [22, 80, 443, 2379, 2380, 4240, 4244, 6443, 8080, 9100, 10_248, 10_249, 10_250, 10_255, 10_257, 10_259];
+
+/// The part of a CiliumNetworkPolicy that Mayfly writes.
+#[derive(CustomResource, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[kube(group = "cilium.io", version = "v2", kind = "CiliumNetworkPolicy", plural = "ciliumnetworkpolicies", namespaced)]
+#[kube(schema = "disabled")]
+#[serde(rename_all = "camelCase", default)]
+pub(crate) struct CiliumNetworkPolicySpec {
+    /// The pods it is for.
+    endpoint_selector: LabelSelector,
+    /// What is closed, whatever else opens it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    egress_deny: Vec<Rule>,
+}
+
+/// Where to, and on which ports; all ports where there are none.
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase", default)]
+struct Rule {
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    to_entities: Vec<String>,
+    #[serde(rename = "toCIDRSet", skip_serializing_if = "Vec::is_empty")]
+    to_cidr_set: Vec<Cidr>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    to_ports: Vec<Ports>,
+}
+
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(default)]
+struct Cidr {
+    cidr: String,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    except: Vec<String>,
+}
+
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(default)]
+struct Ports {
+    ports: Vec<Port>,
+}
+
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(default)]
+struct Port {
+    port: String,
+    protocol: String,
+}
+
+/// All CiliumNetworkPolicies of a pool, to stand beside its NetworkPolicies.
+///
+/// # Errors
+/// When the list of metadata endpoints cannot be read.
+pub(crate) fn cilium_policies(
+    pool: &str,
+    namespace: &str,
+    owner: &OwnerReference,
+    egress: &Egress,
+    forge: &ForgeAddress,
+    cluster: &ClusterFacts,
+) -> Result<Vec<CiliumNetworkPolicy>, String> {
+    let deny = vec![metadata(egress)?, nodes(egress, forge, cluster)];
+    Ok(vec![policy(pool, namespace, owner, "deny", CiliumNetworkPolicySpec { egress_deny: deny, ..CiliumNetworkPolicySpec::default() })])
+}
+
+/// Every metadata endpoint of the list, and link-local addresses but for those that the pool opens by name (which holds no endpoint).
+fn metadata(egress: &Egress) -> Result<Rule, String> {
+    let ranges = LINK_LOCAL.map(|range| range.parse::<IpNet>().map_err(|_| format!("{range} is not a range")));
+    let ranges = ranges.into_iter().collect::<Result<Vec<_>, _>>()?;
+    let opened: Vec<IpNet> = egress.allow.iter().filter_map(|allow| allow.cidr.parse::<IpNet>().ok()).map(|range| range.trunc()).collect();
+    let mut closed: Vec<Cidr> = ranges
+        .iter()
+        .map(|range| Cidr {
+            cidr: range.to_string(),
+            except: opened.iter().filter(|net| range.contains(*net)).map(ToString::to_string).collect(),
+        })
+        .collect();
+    // An IPv4-mapped address leaves the pod as IPv4.
+    let addresses = Endpoints::built_in()?.endpoints.iter().map(|row| row.address.to_canonical());
+    let mut others: Vec<IpAddr> = addresses.filter(|address| !ranges.iter().any(|range| range.contains(address))).collect();
+    others.sort();
+    others.dedup();
+    closed.extend(others.into_iter().map(|address| Cidr { cidr: IpNet::from(address).to_string(), except: Vec::new() }));
+    Ok(Rule { to_cidr_set: closed, ..Rule::default() })
+}
+
+/// Nodes and API server. Where the pool needs something of them, only what is known to listen on nodes is closed, but for that: the forge
+/// is on one, or `allow` names one, and Cilium is set to let ranges match nodes.
+fn nodes(egress: &Egress, forge: &ForgeAddress, cluster: &ClusterFacts) -> Rule {
+    let to_entities = NODES.map(str::to_owned).to_vec();
+    let mut needed = Vec::new();
+    if forge.addresses.iter().any(|address| cluster.nodes.contains(address)) {
+        needed.push(forge.port);
+    }
+    for allow in &egress.allow {
+        if allow.cidr.parse::<IpNet>().is_ok_and(|range| cluster.nodes.iter().any(|node| range.contains(node))) {
+            needed.extend(&allow.ports);
+        }
+    }
+    if needed.is_empty() {
+        return Rule { to_entities, ..Rule::default() };
+    }
+    let closed: Vec<(&str, u16)> = NODE_PORTS.iter().filter(|port| !needed.contains(port)).map(|port| ("TCP", *port)).collect();
+    Rule { to_entities, to_ports: vec![ports(&closed)], ..Rule::default() }
+}
+
+fn ports(ports: &[(&str, u16)]) -> Ports {
+    Ports { ports: ports.iter().map(|(protocol, port)| Port { port: port.to_string(), protocol: (*protocol).to_owned() }).collect() }
+}
+
+fn policy(pool: &str, namespace: &str, owner: &OwnerReference, purpose: &str, spec: CiliumNetworkPolicySpec) -> CiliumNetworkPolicy {
+    let pods = BTreeMap::from([(LABEL_POOL.to_owned(), pool.to_owned())]);
+    CiliumNetworkPolicy {
+        metadata: ObjectMeta {
+            name: Some(format!("mayfly-{pool}-{purpose}")),
+            namespace: Some(namespace.to_owned()),
+            labels: Some(BTreeMap::from([(LABEL_MANAGED_BY.to_owned(), MANAGED_BY.to_owned()), (LABEL_POOL.to_owned(), pool.to_owned())])),
+            owner_references: Some(vec![owner.clone()]),
+            ..ObjectMeta::default()
+        },
+        spec: CiliumNetworkPolicySpec { endpoint_selector: LabelSelector { match_labels: Some(pods), ..LabelSelector::default() }, ..spec },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mayfly_crds::EgressAllow;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::isolation::policies::tests::cluster;
+
+    fn forge(address: &str) -> ForgeAddress {
+        ForgeAddress { addresses: vec![address.parse().expect("an address")], port: 3000 }
+    }
+
+    fn build(egress: &Egress, forge: &ForgeAddress) -> Vec<CiliumNetworkPolicy> {
+        let owner = OwnerReference { name: "ci".to_owned(), uid: "u".to_owned(), ..OwnerReference::default() };
+        cilium_policies("ci", "team", &owner, egress, forge, &cluster()).expect("valid")
+    }
+
+    /// Whether some denial closes this address on this TCP port.
+    fn denies(policies: &[CiliumNetworkPolicy], address: IpAddr, port: u16) -> bool {
+        policies.iter().flat_map(|policy| &policy.spec.egress_deny).any(|rule| {
+            let listed = |ports: &Ports| ports.ports.iter().any(|p| p.protocol == "TCP" && p.port == port.to_string());
+            let within = |range: &str| range.parse::<IpNet>().expect("a range").contains(&address);
+            let closed = |cidr: &Cidr| within(&cidr.cidr) && !cidr.except.iter().any(|range| within(range));
+            (rule.to_ports.is_empty() || rule.to_ports.iter().any(listed)) && rule.to_cidr_set.iter().any(closed)
+        })
+    }
+
+    #[test]
+    fn the_whole_set_is_as_reviewed() {
+        insta::assert_yaml_snapshot!(build(&Egress::default(), &forge("198.51.100.7")));
+    }
+
+    #[test]
+    fn every_endpoint_of_the_list_is_denied() {
+        let policies = build(&Egress { internet: true, ..Egress::default() }, &forge("198.51.100.7"));
+        for row in &Endpoints::built_in().expect("the list").endpoints {
+            for port in [row.port, 80, 443, 1] {
+                assert!(denies(&policies, row.address.to_canonical(), port), "{row:?} on {port}");
+            }
+        }
+        for open in ["140.82.121.4", "198.51.100.7", "10.0.0.1", "2606:50c0::1"] {
+            assert!(!denies(&policies, open.parse().expect("an address"), 443), "{open}");
+        }
+    }
+
+    #[test]
+    fn what_a_pool_needs_of_a_node_stays_open_and_the_rest_of_it_closed() {
+        let rule = |egress: &Egress, address: &str| build(egress, &forge(address))[0].spec.egress_deny[1].clone();
+        assert!(rule(&Egress::default(), "198.51.100.7").to_ports.is_empty(), "nothing is needed: all of it is closed");
+        let allow = EgressAllow { cidr: "203.0.113.0/24".to_owned(), ports: vec![443] };
+        let allowed = Egress { allow: vec![allow], ..Egress::default() };
+        for (rule, open) in [(rule(&Egress::default(), "203.0.113.5"), "3000"), (rule(&allowed, "198.51.100.7"), "443")] {
+            let closed = &rule.to_ports[0].ports;
+            assert!(closed.iter().any(|port| port.port == "10250") && closed.iter().all(|port| port.port != open), "{closed:?}");
+            assert!(closed.len() <= 40, "Cilium takes no more");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_a_pool_opens_is_not_denied_and_never_an_endpoint(third: u8, prefix in 24u8..=32) {
+            let cidr = format!("169.254.{third}.0/{prefix}");
+            let range: IpNet = cidr.parse().expect("a range");
+            prop_assume!(super::super::covers_metadata(&range).is_none());
+            let egress = Egress { allow: vec![EgressAllow { cidr, ports: vec![443] }], ..Egress::default() };
+            let policies = build(&egress, &forge("198.51.100.7"));
+            prop_assert!(!denies(&policies, range.addr(), 443));
+            for row in &Endpoints::built_in().expect("the list").endpoints {
+                prop_assert!(denies(&policies, row.address.to_canonical(), row.port), "{:?}", row);
+            }
+        }
+    }
+}
