@@ -307,6 +307,56 @@ async fn a_stray_policy_cannot_undo_the_deny() -> Result<()> {
     stage.strike().await
 }
 
+/// A name of the outside world on the port that the pool names: not by its address before anybody asked for the name, not on another
+/// port, not another address. A name that leads to a metadata endpoint opens nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn host_names_open_what_they_name_and_nothing_else() -> Result<()> {
+    let stage = Stage::set("hosts").await?;
+    // A name that nobody asked for before: Cilium remembers answers.
+    let domain = format!("{}.mayfly.test", stage.namespace);
+    let hosts = json!([{"host": format!("mirror.{domain}"), "ports": [8097]}, {"host": "*.rebind.mayfly.test", "ports": [80]}]);
+    let pool = stage.pool(|pool| pool["spec"]["isolation"] = json!({"egress": {"hosts": hosts}})).await?;
+    stage.hook()?;
+    pool::condition(&stage.world, &stage.namespace, POOL, "EgressHostsEnforced", "True").await?;
+    let outside = &stage.world.cluster.layout().addresses().outside;
+    let demo = built()?.join("demo").display().to_string();
+    for port in [8097, 8098] {
+        stage.world.cluster.start_outside(&format!("decoy-outside-{port}"), &[&demo, "decoy", &format!("{outside}:{port}")])?;
+    }
+    for address in ["100.100.100.203:8097", "169.254.169.254:80"] {
+        decoy(&stage, &address.parse()?)?;
+    }
+    // The first two before the name was asked for, the others at once.
+    let tries = [
+        (format!("{outside}:8097"), false),
+        (format!("other.{domain}:8097"), false),
+        (format!("mirror.{domain}:8097"), true),
+        (format!("mirror.{domain}:8098"), false),
+        ("100.100.100.203:8097".to_owned(), false),
+        ("a.rebind.mayfly.test:80".to_owned(), false),
+        ("169.254.169.254:80".to_owned(), false),
+    ];
+    let (first, rest) = tries.split_at(2);
+    let list = |tries: &[(String, bool)]| tries.iter().map(|(address, _)| address.clone()).collect::<Vec<_>>().join(" ");
+    let script = format!("cat > /tmp/try.py <<'E'\n{TRY}\nE\npython3 /tmp/try.py {}; python3 /tmp/try.py {}", list(first), list(rest));
+    let jobs = stage.push("app", &[("ci.yml", &workflow("push", &script))], 1).await?;
+    let log = stage.succeeds("app", jobs[0].id).await?;
+    for (address, open) in &tries {
+        let word = if *open { "open" } else { "closed" };
+        ensure!(log.lines().any(|line| line.ends_with(&format!(" {word}={address}"))), "{address} is not {word}:\n{log}");
+    }
+    told(&stage, "True").await?;
+    stage.nothing_left(&pool).await?;
+
+    // Without names the policy for them goes.
+    let policies = cilium(&stage, stage.world.client.clone());
+    let name = format!("mayfly-{POOL}-hosts");
+    ensure!(policies.get_opt(&name).await?.is_some(), "{name} is not there");
+    stage.unready_pool(|pool| pool["spec"]["isolation"] = json!({})).await?;
+    eventually("the policy gone", PATIENCE, || async { Ok(policies.get_opt(&name).await?.is_none().then_some(())) }).await?;
+    stage.strike().await
+}
+
 /// The namespace's CiliumNetworkPolicies.
 fn cilium(stage: &Stage, client: Client) -> Api<DynamicObject> {
     let kind = GroupVersionKind::gvk("cilium.io", "v2", "CiliumNetworkPolicy");

@@ -9,8 +9,8 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, OwnerReference};
 use kube::CustomResource;
-use mayfly_crds::Egress;
 use mayfly_crds::names::{LABEL_MANAGED_BY, LABEL_POOL, MANAGED_BY};
+use mayfly_crds::{Egress, EgressHost};
 use serde::{Deserialize, Serialize};
 
 use super::endpoints::Endpoints;
@@ -18,6 +18,8 @@ use super::policies::{ClusterFacts, ForgeAddress};
 
 /// Link-local ranges: metadata endpoints of most clouds, those that are not in the list included.
 const LINK_LOCAL: [&str; 2] = ["169.254.0.0/16", "fe80::/10"];
+/// Where DNS answers.
+const DNS: [(&str, u16); 2] = [("UDP", 53), ("TCP", 53)];
 /// What Cilium calls the pod's own node, the others, and the API server wherever it is.
 const NODES: [&str; 3] = ["host", "remote-node", "kube-apiserver"];
 /// What listens on nodes, for a cluster where something that jobs need does so as well: SSH, HTTP, etcd, API server, Cilium, kubelet,
@@ -32,6 +34,9 @@ const NODE_PORTS: [u16; 16] = [22, 80, 443, 2379, 2380, 4240, 4244, 6443, 8080, 
 pub(crate) struct CiliumNetworkPolicySpec {
     /// The pods it is for.
     endpoint_selector: LabelSelector,
+    /// What is opened.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    egress: Vec<Rule>,
     /// What is closed, whatever else opens it.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     egress_deny: Vec<Rule>,
@@ -43,6 +48,10 @@ pub(crate) struct CiliumNetworkPolicySpec {
 struct Rule {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     to_entities: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    to_endpoints: Vec<LabelSelector>,
+    #[serde(rename = "toFQDNs", skip_serializing_if = "Vec::is_empty")]
+    to_names: Vec<Name>,
     #[serde(rename = "toCIDRSet", skip_serializing_if = "Vec::is_empty")]
     to_cidr_set: Vec<Cidr>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -61,6 +70,24 @@ struct Cidr {
 #[serde(default)]
 struct Ports {
     ports: Vec<Port>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rules: Option<Lookups>,
+}
+
+/// Which names may be looked up there. It is what has Cilium read the answers.
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(default)]
+struct Lookups {
+    dns: Vec<Name>,
+}
+
+#[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase", default)]
+struct Name {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    match_name: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    match_pattern: Option<String>,
 }
 
 #[derive(Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
@@ -70,7 +97,7 @@ struct Port {
     protocol: String,
 }
 
-/// All CiliumNetworkPolicies of a pool, to stand beside its NetworkPolicies.
+/// All CiliumNetworkPolicies of a pool, to stand beside its NetworkPolicies: denials first.
 ///
 /// # Errors
 /// When the list of metadata endpoints cannot be read.
@@ -83,7 +110,53 @@ pub(crate) fn cilium_policies(
     cluster: &ClusterFacts,
 ) -> Result<Vec<CiliumNetworkPolicy>, String> {
     let deny = vec![metadata(egress)?, nodes(egress, forge, cluster)];
-    Ok(vec![policy(pool, namespace, owner, "deny", CiliumNetworkPolicySpec { egress_deny: deny, ..CiliumNetworkPolicySpec::default() })])
+    let deny = CiliumNetworkPolicySpec { egress_deny: deny, ..CiliumNetworkPolicySpec::default() };
+    let mut policies = vec![policy(pool, namespace, owner, "deny", deny)];
+    if !egress.hosts.is_empty() {
+        let opened = CiliumNetworkPolicySpec { egress: hosts(&egress.hosts, cluster), ..CiliumNetworkPolicySpec::default() };
+        policies.push(policy(pool, namespace, owner, "hosts", opened));
+    }
+    Ok(policies)
+}
+
+/// Whether this is a host name that a pool may open: of small letters, digits, `-` and `_`, in two labels or more of which the last is no
+/// number, as that would be an address; before them perhaps `*.`. The API's rule is the same.
+pub(crate) fn is_host_name(host: &str) -> bool {
+    let labels: Vec<&str> = host.strip_prefix("*.").unwrap_or(host).split('.').collect();
+    let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-' || byte == b'_';
+    let edge = |byte: Option<&u8>| byte.is_some_and(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
+    let good = |label: &&str| {
+        let bytes = label.as_bytes();
+        bytes.len() <= 63 && edge(bytes.first()) && edge(bytes.last()) && bytes.iter().all(|byte| inner(*byte))
+    };
+    let last = labels.last().copied().unwrap_or_default();
+    let lettered = last.starts_with(|c: char| c.is_ascii_lowercase()) && !last.contains('_');
+    host.len() <= 253 && labels.len() >= 2 && labels.iter().all(good) && lettered
+}
+
+/// One rule for each name. Cilium opens the addresses that it sees in answers of the cluster's DNS, which it reads where a rule about
+/// lookups stands. That rule lets all names be looked up, as the NetworkPolicy for DNS does: jobs need more than those that are opened.
+fn hosts(hosts: &[EgressHost], cluster: &ClusterFacts) -> Vec<Rule> {
+    let any = Name { match_pattern: Some("*".to_owned()), ..Name::default() };
+    let lookups = Ports { rules: Some(Lookups { dns: vec![any] }), ..ports(&DNS) };
+    let dns = Rule { to_endpoints: vec![pods(&cluster.dns_namespace, &cluster.dns_labels)], to_ports: vec![lookups], ..Rule::default() };
+    let opened = hosts.iter().map(|opened| {
+        let name = Some(opened.host.clone());
+        let name = match opened.host.contains('*') {
+            true => Name { match_pattern: name, ..Name::default() },
+            false => Name { match_name: name, ..Name::default() },
+        };
+        let numbers: Vec<(&str, u16)> = opened.ports.iter().map(|port| ("TCP", *port)).collect();
+        Rule { to_names: vec![name], to_ports: vec![ports(&numbers)], ..Rule::default() }
+    });
+    std::iter::once(dns).chain(opened).collect()
+}
+
+/// Pods by their labels, in another namespace.
+fn pods(namespace: &str, labels: &BTreeMap<String, String>) -> LabelSelector {
+    let mut all: BTreeMap<String, String> = labels.iter().map(|(key, value)| (format!("k8s:{key}"), value.clone())).collect();
+    all.insert("k8s:io.kubernetes.pod.namespace".to_owned(), namespace.to_owned());
+    LabelSelector { match_labels: Some(all), ..LabelSelector::default() }
 }
 
 /// Every metadata endpoint of the list, and link-local addresses but for those that the pool opens by name (which holds no endpoint).
@@ -128,7 +201,10 @@ fn nodes(egress: &Egress, forge: &ForgeAddress, cluster: &ClusterFacts) -> Rule 
 }
 
 fn ports(ports: &[(&str, u16)]) -> Ports {
-    Ports { ports: ports.iter().map(|(protocol, port)| Port { port: port.to_string(), protocol: (*protocol).to_owned() }).collect() }
+    Ports {
+        ports: ports.iter().map(|(protocol, port)| Port { port: port.to_string(), protocol: (*protocol).to_owned() }).collect(),
+        rules: None,
+    }
 }
 
 fn policy(pool: &str, namespace: &str, owner: &OwnerReference, purpose: &str, spec: CiliumNetworkPolicySpec) -> CiliumNetworkPolicy {
@@ -147,7 +223,7 @@ fn policy(pool: &str, namespace: &str, owner: &OwnerReference, purpose: &str, sp
 
 #[cfg(test)]
 mod tests {
-    use mayfly_crds::EgressAllow;
+    use mayfly_crds::{EgressAllow, EgressHost};
     use proptest::prelude::*;
 
     use super::*;
@@ -174,7 +250,50 @@ mod tests {
 
     #[test]
     fn the_whole_set_is_as_reviewed() {
-        insta::assert_yaml_snapshot!(build(&Egress::default(), &forge("198.51.100.7")));
+        let host = |host: &str, port: u16| EgressHost { host: host.to_owned(), ports: vec![port] };
+        let hosts = vec![host("registry.example.org", 443), host("*.mirror.example.org", 8443)];
+        insta::assert_yaml_snapshot!(build(&Egress { hosts, ..Egress::default() }, &forge("198.51.100.7")));
+    }
+
+    #[test]
+    fn without_host_names_nothing_is_opened() {
+        assert!(
+            build(&Egress { internet: true, ..Egress::default() }, &forge("198.51.100.7"))
+                .iter()
+                .all(|policy| policy.spec.egress.is_empty())
+        );
+    }
+
+    #[test]
+    fn host_names_are_told_from_what_is_none() {
+        for good in ["example.org", "a.b-c.d_e.example.org", "*.example.org", "1.example.org", "xn--bcher-kva.example"] {
+            assert!(is_host_name(good), "{good}");
+        }
+        let long = format!("{}.example.org", "a".repeat(64));
+        for bad in [
+            "",
+            "*",
+            "*.",
+            "*.org",
+            "org",
+            "*example.org",
+            "a.*.org",
+            "*.*.example.org",
+            "example.org.",
+            ".example.org",
+            "a..org",
+            "Example.org",
+            "192.0.2.1",
+            "1.2",
+            "2001:db8::1",
+            "-a.example.org",
+            "a-.example.org",
+            "a b.example.org",
+            "ex\u{e4}mple.org",
+            &long,
+        ] {
+            assert!(!is_host_name(bad), "{bad}");
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@ mod policies;
 mod sentinels;
 mod targets;
 
-pub(crate) use cilium::{CiliumNetworkPolicy, cilium_policies};
+pub(crate) use cilium::{CiliumNetworkPolicy, cilium_policies, is_host_name};
 pub(crate) use controls::Controls;
 pub(crate) use endpoints::covers_metadata;
 pub(crate) use policies::{ClusterFacts, ForgeAddress, network_policies};

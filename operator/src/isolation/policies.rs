@@ -219,13 +219,14 @@ pub(super) mod tests {
 
     #[test]
     fn the_whole_set_is_as_reviewed() {
-        let egress = Egress { internet: true, allow: vec![EgressAllow { cidr: "203.0.113.64/26".to_owned(), ports: vec![8081] }] };
+        let allow = vec![EgressAllow { cidr: "203.0.113.64/26".to_owned(), ports: vec![8081] }];
+        let egress = Egress { internet: true, allow, ..Egress::default() };
         insta::assert_yaml_snapshot!(build(&egress).expect("valid"));
     }
 
     #[test]
     fn no_endpoint_of_the_list_is_ever_allowed() {
-        let policies = build(&Egress { internet: true, allow: Vec::new() }).expect("valid");
+        let policies = build(&Egress { internet: true, ..Egress::default() }).expect("valid");
         for endpoint in &Endpoints::built_in().expect("the list").endpoints {
             for port in [endpoint.port, 80, 443] {
                 assert!(!allows(&policies, endpoint.address, port), "{endpoint:?} on {port}");
@@ -267,7 +268,7 @@ pub(super) mod tests {
         #[test]
         fn an_allow_list_cannot_open_a_metadata_endpoint(bytes: [u8; 4], prefix in 0u8..=32) {
             let cidr = format!("{}.{}.{}.{}/{prefix}", bytes[0], bytes[1], bytes[2], bytes[3]);
-            let egress = Egress { internet: false, allow: vec![EgressAllow { cidr, ports: vec![80, 443, 8080] }] };
+            let egress = Egress { allow: vec![EgressAllow { cidr, ports: vec![80, 443, 8080] }], ..Egress::default() };
             if let Ok(policies) = build(&egress) {
                 for endpoint in &Endpoints::built_in().expect("the list").endpoints {
                     prop_assert!(!allows(&policies, endpoint.address, endpoint.port), "{:?}", endpoint);

@@ -227,6 +227,7 @@ async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
     {
         let mut state = handle.state();
         state.enforcement = pool.spec.isolation.enforcement;
+        state.knows_names = ctx.dialects.cilium();
         // What an earlier process was told holds for a while.
         if state.proved.is_none() && !stored.isolation.is_empty() {
             state.proved = Some(ctx.now());
@@ -337,6 +338,9 @@ async fn report(
     let value = serde_json::to_value(&new).unwrap_or_default();
     ctx.io.patch_status::<RunnerPool>(&handle.key.namespace, &handle.key.name, &value).await?;
     handle.state().status_written = Some(now);
+    if let Some(closed) = status::newly_closed_hosts(stored, &new) {
+        ctx.io.warn(&apply::reference_to(&handle.key, &handle.uid), reasons::ENGINE_CANNOT, "Prepare", closed).await;
+    }
     Ok(true)
 }
 
