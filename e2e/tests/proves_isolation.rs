@@ -362,3 +362,24 @@ fn cilium(stage: &Stage, client: Client) -> Api<DynamicObject> {
     let kind = GroupVersionKind::gvk("cilium.io", "v2", "CiliumNetworkPolicy");
     Api::namespaced_with(client, &stage.namespace, &ApiResource::from_gvk_with_plural(&kind, "ciliumnetworkpolicies"))
 }
+
+/// The operator finds out whom the kubelet tells pods to ask for names, and opens that, on port 53.
+#[tokio::test(flavor = "multi_thread")]
+async fn whom_pods_are_told_to_ask_for_names_is_open() -> Result<()> {
+    let stage = Stage::set("names").await?;
+    let pool = stage.pool(|_| {}).await?;
+    stage.hook()?;
+    let script = "sed -n 's/^nameserver /told=/p' /etc/resolv.conf; getent hosts other.mayfly.test && echo found=yes";
+    let jobs = stage.push("app", &[("ci.yml", &workflow("push", script))], 1).await?;
+    let log = stage.succeeds("app", jobs[0].id).await?;
+    ensure!(said(&log, "found=") == Some("yes"), "{log}");
+    let server = said(&log, "told=").context("the job says whom it was told to ask")?;
+    let policies: Api<NetworkPolicy> = Api::namespaced(stage.world.client.clone(), &stage.namespace);
+    let policy = serde_json::to_value(policies.get(&format!("mayfly-{POOL}-dns")).await?)?;
+    let rule = &policy["spec"]["egress"][0];
+    let peers = rule["to"].as_array().context("peers")?;
+    ensure!(peers.iter().any(|peer| peer["ipBlock"]["cidr"] == format!("{server}/32")), "{server} is not open: {policy}");
+    ensure!(rule["ports"].as_array().is_some_and(|ports| ports.iter().all(|port| port["port"] == 53)), "{policy}");
+    stage.nothing_left(&pool).await?;
+    stage.strike().await
+}

@@ -3,7 +3,7 @@
 //!
 //! Fields are those of `cilium.io/v2` as of Cilium 1.15 (pkg/policy/api): no port ranges, at most 40 ports in a list.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -14,7 +14,8 @@ use mayfly_crds::{Egress, EgressHost};
 use serde::{Deserialize, Serialize};
 
 use super::endpoints::Endpoints;
-use super::policies::{ClusterFacts, ForgeAddress};
+use super::facts::ClusterFacts;
+use super::policies::ForgeAddress;
 
 /// Link-local ranges: metadata endpoints of most clouds, those that are not in the list included.
 const LINK_LOCAL: [&str; 2] = ["169.254.0.0/16", "fe80::/10"];
@@ -109,9 +110,15 @@ pub(crate) fn cilium_policies(
     forge: &ForgeAddress,
     cluster: &ClusterFacts,
 ) -> Result<Vec<CiliumNetworkPolicy>, String> {
-    let deny = vec![metadata(egress)?, nodes(egress, forge, cluster)];
+    let mut deny = metadata(egress, cluster)?;
+    deny.push(nodes(egress, forge, cluster));
     let deny = CiliumNetworkPolicySpec { egress_deny: deny, ..CiliumNetworkPolicySpec::default() };
     let mut policies = vec![policy(pool, namespace, owner, "deny", deny)];
+    let asked = on_nodes(cluster);
+    if !asked.is_empty() {
+        let spec = CiliumNetworkPolicySpec { egress: asked, ..CiliumNetworkPolicySpec::default() };
+        policies.push(policy(pool, namespace, owner, "dns", spec));
+    }
     if !egress.hosts.is_empty() {
         let opened = CiliumNetworkPolicySpec { egress: hosts(&egress.hosts, cluster), ..CiliumNetworkPolicySpec::default() };
         policies.push(policy(pool, namespace, owner, "hosts", opened));
@@ -139,7 +146,15 @@ pub(crate) fn is_host_name(host: &str) -> bool {
 fn hosts(hosts: &[EgressHost], cluster: &ClusterFacts) -> Vec<Rule> {
     let any = Name { match_pattern: Some("*".to_owned()), ..Name::default() };
     let lookups = Ports { rules: Some(Lookups { dns: vec![any] }), ..ports(&DNS) };
-    let dns = Rule { to_endpoints: vec![pods(&cluster.dns_namespace, &cluster.dns_labels)], to_ports: vec![lookups], ..Rule::default() };
+    let mut asked = vec![pods(&cluster.dns_namespace, &cluster.dns_labels)];
+    if !on_nodes(cluster).is_empty() {
+        asked.push(pods(&cluster.dns_namespace, &cache_labels()));
+    }
+    let mut dns = vec![Rule { to_endpoints: asked, to_ports: vec![lookups.clone()], ..Rule::default() }];
+    if !cluster.dns_addresses.is_empty() {
+        let to_cidr_set = cluster.dns_addresses.iter().map(|address| cidr(*address)).collect();
+        dns.push(Rule { to_cidr_set, to_ports: vec![lookups], ..Rule::default() });
+    }
     let opened = hosts.iter().map(|opened| {
         let name = Some(opened.host.clone());
         let name = match opened.host.contains('*') {
@@ -149,7 +164,7 @@ fn hosts(hosts: &[EgressHost], cluster: &ClusterFacts) -> Vec<Rule> {
         let numbers: Vec<(&str, u16)> = opened.ports.iter().map(|port| ("TCP", *port)).collect();
         Rule { to_names: vec![name], to_ports: vec![ports(&numbers)], ..Rule::default() }
     });
-    std::iter::once(dns).chain(opened).collect()
+    dns.into_iter().chain(opened).collect()
 }
 
 /// Pods by their labels, in another namespace.
@@ -160,28 +175,71 @@ fn pods(namespace: &str, labels: &BTreeMap<String, String>) -> LabelSelector {
 }
 
 /// Every metadata endpoint of the list, and link-local addresses but for those that the pool opens by name (which holds no endpoint).
-fn metadata(egress: &Egress) -> Result<Rule, String> {
+///
+/// A resolver among them keeps port 53. What else listens there is closed by its ports.
+fn metadata(egress: &Egress, cluster: &ClusterFacts) -> Result<Vec<Rule>, String> {
     let ranges = LINK_LOCAL.map(|range| range.parse::<IpNet>().map_err(|_| format!("{range} is not a range")));
     let ranges = ranges.into_iter().collect::<Result<Vec<_>, _>>()?;
-    let opened: Vec<IpNet> = egress.allow.iter().filter_map(|allow| allow.cidr.parse::<IpNet>().ok()).map(|range| range.trunc()).collect();
-    let mut closed: Vec<Cidr> = ranges
-        .iter()
-        .map(|range| Cidr {
-            cidr: range.to_string(),
-            except: opened.iter().filter(|net| range.contains(*net)).map(ToString::to_string).collect(),
-        })
-        .collect();
+    let rows = &Endpoints::built_in()?.endpoints;
     // An IPv4-mapped address leaves the pod as IPv4.
-    let addresses = Endpoints::built_in()?.endpoints.iter().map(|row| row.address.to_canonical());
-    let mut others: Vec<IpAddr> = addresses.filter(|address| !ranges.iter().any(|range| range.contains(address))).collect();
-    others.sort();
-    others.dedup();
-    closed.extend(others.into_iter().map(|address| Cidr { cidr: IpNet::from(address).to_string(), except: Vec::new() }));
-    Ok(Rule { to_cidr_set: closed, ..Rule::default() })
+    let listed: BTreeSet<IpAddr> = rows.iter().map(|row| row.address.to_canonical()).collect();
+    let link_local = |address: &IpAddr| ranges.iter().any(|range| range.contains(address));
+    let resolvers: BTreeSet<IpAddr> =
+        cluster.dns_addresses.iter().copied().filter(|address| listed.contains(address) || link_local(address)).collect();
+
+    let named = egress.allow.iter().filter_map(|allow| allow.cidr.parse::<IpNet>().ok()).map(|range| range.trunc());
+    let opened: BTreeSet<IpNet> = named.chain(resolvers.iter().map(|address| IpNet::from(*address))).collect();
+    let within = |range: &IpNet| opened.iter().filter(|net| range.contains(*net)).map(ToString::to_string).collect();
+    let mut closed: Vec<Cidr> = ranges.iter().map(|range| Cidr { cidr: range.to_string(), except: within(range) }).collect();
+    closed.extend(listed.iter().filter(|address| !link_local(address) && !resolvers.contains(address)).map(|address| cidr(*address)));
+    let mut rules = vec![Rule { to_cidr_set: closed, ..Rule::default() }];
+
+    if !resolvers.is_empty() {
+        let known = rows.iter().filter(|row| resolvers.contains(&row.address.to_canonical()) && row.port != 0).map(|row| row.port);
+        let numbers: BTreeSet<u16> = known.chain(NODE_PORTS).collect();
+        let numbers: Vec<(&str, u16)> = numbers.into_iter().map(|port| ("TCP", port)).collect();
+        let to_cidr_set = resolvers.into_iter().map(cidr).collect();
+        rules.push(Rule { to_cidr_set, to_ports: vec![ports(&numbers)], ..Rule::default() });
+    }
+    Ok(rules)
 }
 
-/// Nodes and API server. Where the pool needs something of them, only what is known to listen on nodes is closed, but for that: the forge
-/// is on one, or `allow` names one, and Cilium is set to let ranges match nodes.
+fn cidr(address: IpAddr) -> Cidr {
+    Cidr { cidr: IpNet::from(address).to_string(), except: Vec::new() }
+}
+
+/// Resolvers on nodes. Cilium knows a node's addresses, link-local ones included, as the node and not as a range, so that the NetworkPolicy
+/// for DNS does not open them; nor are the pods of a cache that it redirects to those of the cluster's DNS.
+fn on_nodes(cluster: &ClusterFacts) -> Vec<Rule> {
+    let mut entities = Vec::new();
+    if cluster.dns_addresses.iter().any(is_link_local) {
+        entities.push("host");
+    }
+    if cluster.dns_addresses.iter().any(|address| cluster.nodes.contains(address)) {
+        entities = vec!["host", "remote-node"];
+    }
+    if entities.is_empty() {
+        return Vec::new();
+    }
+    let nodes = Rule { to_entities: entities.into_iter().map(str::to_owned).collect(), to_ports: vec![ports(&DNS)], ..Rule::default() };
+    let caches = Rule { to_endpoints: vec![pods(&cluster.dns_namespace, &cache_labels())], to_ports: vec![ports(&DNS)], ..Rule::default() };
+    vec![nodes, caches]
+}
+
+/// Labels of NodeLocal DNSCache (kubernetes/kubernetes, cluster/addons/dns/nodelocaldns).
+fn cache_labels() -> BTreeMap<String, String> {
+    BTreeMap::from([("k8s-app".to_owned(), "node-local-dns".to_owned())])
+}
+
+fn is_link_local(address: &IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    }
+}
+
+/// Nodes and API server. Where the pool needs something of them, only what is known to listen on nodes is closed, but for that: names are
+/// asked for there, the forge is on one, or `allow` names one, and Cilium is set to let ranges match nodes.
 fn nodes(egress: &Egress, forge: &ForgeAddress, cluster: &ClusterFacts) -> Rule {
     let to_entities = NODES.map(str::to_owned).to_vec();
     let mut needed = Vec::new();
@@ -192,6 +250,9 @@ fn nodes(egress: &Egress, forge: &ForgeAddress, cluster: &ClusterFacts) -> Rule 
         if allow.cidr.parse::<IpNet>().is_ok_and(|range| cluster.nodes.iter().any(|node| range.contains(node))) {
             needed.extend(&allow.ports);
         }
+    }
+    if !on_nodes(cluster).is_empty() {
+        needed.push(53);
     }
     if needed.is_empty() {
         return Rule { to_entities, ..Rule::default() };
@@ -234,8 +295,49 @@ mod tests {
     }
 
     fn build(egress: &Egress, forge: &ForgeAddress) -> Vec<CiliumNetworkPolicy> {
+        build_in(&cluster(), egress, forge)
+    }
+
+    fn build_in(cluster: &ClusterFacts, egress: &Egress, forge: &ForgeAddress) -> Vec<CiliumNetworkPolicy> {
         let owner = OwnerReference { name: "ci".to_owned(), uid: "u".to_owned(), ..OwnerReference::default() };
-        cilium_policies("ci", "team", &owner, egress, forge, &cluster()).expect("valid")
+        cilium_policies("ci", "team", &owner, egress, forge, cluster).expect("valid")
+    }
+
+    fn asking(resolver: &str) -> ClusterFacts {
+        ClusterFacts { dns_addresses: vec![resolver.parse().expect("an address")], ..cluster() }
+    }
+
+    #[test]
+    fn a_cache_on_the_node_is_as_reviewed() {
+        insta::assert_yaml_snapshot!(build_in(&asking("169.254.20.10"), &Egress::default(), &forge("198.51.100.7")));
+    }
+
+    #[test]
+    fn a_resolver_at_a_metadata_address_keeps_its_port_alone() {
+        let rows = &Endpoints::built_in().expect("the list").endpoints;
+        for resolver in ["169.254.169.254", "168.63.129.16", "fd20:ce::254"] {
+            let policies = build_in(&asking(resolver), &Egress::default(), &forge("198.51.100.7"));
+            assert!(!denies(&policies, resolver.parse().expect("an address"), 53), "{resolver}");
+            for row in rows {
+                assert!(denies(&policies, row.address.to_canonical(), if row.port == 0 { 80 } else { row.port }), "{resolver}: {row:?}");
+            }
+            let most =
+                policies.iter().flat_map(|policy| &policy.spec.egress_deny).flat_map(|rule| &rule.to_ports).map(|ports| ports.ports.len());
+            assert!(most.max().is_some_and(|most| most <= 40), "Cilium takes no more");
+        }
+    }
+
+    #[test]
+    fn names_are_asked_for_on_nodes_only_where_pods_are_told_so() {
+        let asked = |resolver: &str| on_nodes(&asking(resolver)).first().map(|rule| rule.to_entities.clone()).unwrap_or_default();
+        assert!(asked("10.96.0.10").is_empty());
+        assert_eq!(asked("169.254.20.10"), ["host"]);
+        assert_eq!(asked("203.0.113.5"), ["host", "remote-node"]);
+        let closed = nodes(&Egress::default(), &forge("198.51.100.7"), &asking("169.254.20.10"));
+        assert!(
+            closed.to_ports[0].ports.iter().all(|port| port.port != "53")
+                && closed.to_ports[0].ports.iter().any(|port| port.port == "10250")
+        );
     }
 
     /// Whether some denial closes this address on this TCP port.

@@ -3,6 +3,7 @@
 mod cilium;
 mod controls;
 mod endpoints;
+mod facts;
 mod policies;
 mod sentinels;
 mod targets;
@@ -10,6 +11,7 @@ mod targets;
 pub(crate) use cilium::{CiliumNetworkPolicy, cilium_policies, is_host_name};
 pub(crate) use controls::Controls;
 pub(crate) use endpoints::covers_metadata;
-pub(crate) use policies::{ClusterFacts, ForgeAddress, network_policies};
+pub(crate) use facts::{ClusterFacts, nameservers};
+pub(crate) use policies::{ForgeAddress, network_policies};
 pub(crate) use sentinels::Sentinels;
 pub(crate) use targets::{Surroundings, WHOLE, challenge, forbidden};

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::Node;
 use kube::ResourceExt;
 use kube::core::PartialObjectMeta;
 use kube::runtime::reflector::{ObjectRef, Store};
@@ -48,19 +47,8 @@ impl Dialects {
 
 /// What the builders have to know, with what the watches show.
 pub(super) fn facts(ctx: &Context) -> ClusterFacts {
-    let mut facts = ctx.settings.cluster.clone();
-    let nodes = ctx.nodes.state();
-    let named = nodes.iter().flat_map(|node| addresses(node)).filter_map(|address| address.parse().ok());
-    let slices = ctx.api_endpoints.state();
-    let endpoints = slices.iter().flat_map(|slice| &slice.endpoints).flat_map(|endpoint| &endpoint.addresses);
-    facts.nodes = named.chain(endpoints.filter_map(|address| address.parse().ok())).collect();
-    facts.nodes.sort();
-    facts.nodes.dedup();
-    facts
-}
-
-fn addresses(node: &Node) -> impl Iterator<Item = &String> {
-    node.status.iter().flat_map(|status| status.addresses.iter().flatten()).map(|address| &address.address)
+    let (nodes, api_server) = (ctx.nodes.state(), ctx.api_endpoints.state());
+    ctx.settings.cluster.clone().joined(nodes.iter().map(|node| &**node), api_server.iter().map(|slice| &**slice))
 }
 
 /// The pool's policies in Cilium's dialect; none where the cluster does not have it.
