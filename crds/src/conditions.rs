@@ -15,6 +15,9 @@ pub const USER_NAMESPACES: &str = "UserNamespaces";
 /// Another pool accepts jobs that this pool accepts as well.
 pub const OVERLAPPING: &str = "Overlapping";
 
+/// The network engine opens the host names of `isolation.egress.hosts`, and no others. Absent where there are none.
+pub const EGRESS_HOSTS: &str = "EgressHostsEnforced";
+
 /// Reasons, each used with one or more of the condition types.
 pub mod reasons {
     /// All is as it should be.
@@ -47,6 +50,8 @@ pub mod reasons {
     pub const BREAK_GLASS: &str = "BreakGlass";
     /// Some schedulable node cannot run pods in user namespaces.
     pub const NODES_LACK_SUPPORT: &str = "NodesLackSupport";
+    /// No engine of the cluster's can do what the pool asks for.
+    pub const ENGINE_CANNOT: &str = "EngineCannot";
     /// Older pools are served first.
     pub const OLDER_POOL_FIRST: &str = "OlderPoolFirst";
     /// No other pool takes the same jobs.

@@ -342,6 +342,11 @@ pub struct Egress {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 50))]
     pub allow: Vec<EgressAllow>,
+    /// Host names outside of the cluster, for example a package registry. It takes a network engine that knows names (Cilium): the
+    /// condition `EgressHostsEnforced` says whether there is one. Without it they stay closed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 50))]
+    pub hosts: Vec<EgressHost>,
 }
 
 /// A destination.
@@ -352,6 +357,21 @@ pub struct EgressAllow {
     #[schemars(length(max = 43))]
     #[x_kube(validation = Rule::new("isCIDR(self)").message("not an address range: write 203.0.113.7/32 or 2001:db8::/48"))]
     pub cidr: String,
+    /// TCP ports. At least one.
+    #[schemars(length(min = 1, max = 32), inner(range(min = 1, max = 65535)))]
+    pub ports: Vec<u16>,
+}
+
+/// A destination by name.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct EgressHost {
+    /// A name such as `registry.example.org`, or `*.example.org` for names one label below. In small letters, of two labels or more
+    /// without the `*`.
+    #[schemars(length(max = 253))]
+    #[x_kube(validation = Rule::new(r"self.matches(r'^(\*\.)?([a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?\.)+[a-z]([a-z0-9-]{0,61}[a-z0-9])?$')")
+        .message("not a host name: write registry.example.org, or *.example.org for names one label below"))]
+    pub host: String,
     /// TCP ports. At least one.
     #[schemars(length(min = 1, max = 32), inner(range(min = 1, max = 65535)))]
     pub ports: Vec<u16>,
@@ -400,7 +420,7 @@ pub struct RunnerPoolStatus {
     /// Generation of the spec that the rest speaks of; set only after a pass without errors.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// `Ready`, `ForgeReachable`, `IsolationProved`, `UserNamespaces`, `Overlapping`.
+    /// `Ready`, `ForgeReachable`, `IsolationProved`, `UserNamespaces`, `Overlapping`, `EgressHostsEnforced`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,

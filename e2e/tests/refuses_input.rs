@@ -65,6 +65,42 @@ fn cases() -> Vec<Case> {
         ),
         ("port 0", |p| p["spec"]["isolation"] = json!({"egress": {"allow": [{"cidr": "203.0.113.0/24", "ports": [0]}]}}), "ports"),
         ("a range with ports", |p| p["spec"]["isolation"] = json!({"egress": {"allow": [{"cidr": "2001:db8::/48", "ports": [443]}]}}), ""),
+        (
+            "a host that is everything",
+            |p| p["spec"]["isolation"] = json!({"egress": {"hosts": [{"host": "*", "ports": [443]}]}}),
+            "not a host name",
+        ),
+        (
+            "a star before a whole domain",
+            |p| p["spec"]["isolation"] = json!({"egress": {"hosts": [{"host": "*.org", "ports": [443]}]}}),
+            "not a host name",
+        ),
+        (
+            "a star in the middle",
+            |p| p["spec"]["isolation"] = json!({"egress": {"hosts": [{"host": "a.*.example.org", "ports": [443]}]}}),
+            "not a host name",
+        ),
+        (
+            "a host that is an address",
+            |p| p["spec"]["isolation"] = json!({"egress": {"hosts": [{"host": "192.0.2.1", "ports": [443]}]}}),
+            "not a host name",
+        ),
+        (
+            "a host of IPv6",
+            |p| p["spec"]["isolation"] = json!({"egress": {"hosts": [{"host": "2001:db8::1", "ports": [443]}]}}),
+            "not a host name",
+        ),
+        (
+            "a host with a newline",
+            |p| p["spec"]["isolation"] = json!({"egress": {"hosts": [{"host": "a.example.org\nb", "ports": [443]}]}}),
+            "not a host name",
+        ),
+        ("a host", |p| p["spec"]["isolation"] = json!({"egress": {"hosts": [{"host": "registry.example.org", "ports": [443]}]}}), ""),
+        (
+            "names one label below",
+            |p| p["spec"]["isolation"] = json!({"egress": {"hosts": [{"host": "*.example.org", "ports": [443]}]}}),
+            "",
+        ),
         ("an image with a space", |p| p["spec"]["runner"]["image"] = json!("busybox; rm -rf /"), "spec.runner.image"),
         ("a variable of ours", |p| p["spec"]["runner"]["env"] = json!([{"name": "MAYFLY_REGISTRATION", "value": "x"}]), "Mayfly's own"),
         ("a variable with an equals sign", |p| p["spec"]["runner"]["env"] = json!([{"name": "A=B", "value": "x"}]), "spec.runner.env"),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use crate::command::{command, feed, output, run, wait_for, write_file};
-use crate::layout::{CLUSTER_DOMAIN, Layout, NODE_NAME, OUTSIDE_DOMAIN, World};
+use crate::layout::{CLUSTER_DOMAIN, Layout, METADATA_IP, NODE_NAME, OUTSIDE_DOMAIN, World};
 use crate::pki;
 use crate::process::{Daemon, check_running};
 use crate::template::render;
@@ -48,6 +48,7 @@ pub fn apply_objects(layout: &Layout) -> Result<()> {
             ("DOMAIN", CLUSTER_DOMAIN),
             ("OUTSIDE_DOMAIN", OUTSIDE_DOMAIN),
             ("OUTSIDE_IP", &layout.addresses().outside),
+            ("METADATA_IP", METADATA_IP),
         ],
     )?;
     let mut apply = kubectl(layout);

@@ -13,8 +13,11 @@ use ipnet::IpNet;
 use kube::CustomResourceExt;
 use mayfly_crds::RunnerPool;
 
-use crate::isolation::ClusterFacts;
+use crate::isolation::{ClusterFacts, nameservers};
 use crate::runner::PodSettings;
+
+/// Where a pod is told whom to ask for names.
+const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// Runs every CI job in a locked-down Kubernetes pod of its own.
 #[derive(Parser)]
@@ -88,8 +91,12 @@ pub(crate) struct ControllerArgs {
     /// Labels of the cluster's DNS pods: key=value, comma-separated.
     #[arg(long, env = "MAYFLY_DNS_LABELS", default_value = "k8s-app=kube-dns", value_parser = labels)]
     dns_labels: BTreeMap<String, String>,
-    /// Public address ranges that belong to the cluster (nodes, pods, Services, API server) and stay closed to jobs.
-    /// Private ranges are closed anyway.
+    /// Addresses that runner pods may ask for names, beside the cluster's DNS pods (comma-separated). Without them, in a cluster, those
+    /// that this process is told to ask itself.
+    #[arg(long, env = "MAYFLY_DNS_ADDRESSES", value_delimiter = ',')]
+    dns_addresses: Vec<IpAddr>,
+    /// Public address ranges that belong to the cluster (Services, for example) and stay closed to jobs. Private ranges are closed
+    /// anyway, and so are nodes, their pod ranges and the API server, which are found.
     #[arg(long, env = "MAYFLY_CLUSTER_RANGES", value_delimiter = ',')]
     cluster_ranges: Vec<IpNet>,
     /// Service of the sentinels in the operator's namespace; `NAME-pods` is the headless one.
@@ -145,6 +152,11 @@ impl ControllerArgs {
             Some(path) => Some(std::fs::read(path).with_context(|| format!("--forge-ca-file {}", path.display()))?),
             None => None,
         };
+        let mut dns_addresses = self.dns_addresses;
+        if dns_addresses.is_empty() && self.api_server_host.is_some() {
+            // The kubelet writes the same servers for runner pods: both have the DNS policy ClusterFirst.
+            dns_addresses = nameservers(&std::fs::read_to_string(RESOLV_CONF).unwrap_or_default());
+        }
         let host = format!("{}.{}.svc", self.gate_service, self.namespace);
         let admission_name = format!("{}.{}.svc", self.admission_service, self.namespace);
         let gate_port = self.gate_address.port();
@@ -165,7 +177,9 @@ impl ControllerArgs {
                 gate_port,
                 dns_namespace: self.dns_namespace,
                 dns_labels: self.dns_labels,
-                cluster_ranges: self.cluster_ranges,
+                dns_addresses,
+                cluster_ranges: self.cluster_ranges.into_iter().chain(self.api_server_host.map(IpNet::from)).collect(),
+                nodes: Vec::new(),
             },
             gate_address: self.gate_address,
             webhook_address: self.webhook_address,
@@ -227,7 +241,15 @@ mod tests {
     fn defaults_are_complete_and_nonsense_is_refused() {
         let found = settings(&[]).expect("valid");
         assert_eq!(found.pods.gate_url, "https://mayfly-gate.m.svc:8443");
-        for bad in [["--pod-labels", ""], ["--dns-labels", "x"], ["--poll-seconds", "0"], ["--cluster-ranges", "ten"]] {
+        let told = settings(&["--dns-addresses", "169.254.20.10,10.96.0.10"]).expect("valid").cluster.dns_addresses;
+        assert_eq!(told.len(), 2, "what was told goes before what is found");
+        for bad in [
+            ["--pod-labels", ""],
+            ["--dns-labels", "x"],
+            ["--poll-seconds", "0"],
+            ["--cluster-ranges", "ten"],
+            ["--dns-addresses", "kube-dns"],
+        ] {
             assert!(settings(&bad).is_err(), "{bad:?}");
         }
     }

@@ -16,23 +16,7 @@ use mayfly_crds::Egress;
 use mayfly_crds::names::{LABEL_MANAGED_BY, LABEL_POOL, MANAGED_BY};
 
 use super::endpoints::Endpoints;
-
-/// What the builders have to know about the cluster.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct ClusterFacts {
-    /// Namespace the operator runs in.
-    pub(crate) operator_namespace: String,
-    /// Labels of the operator's pods, which serve the gates.
-    pub(crate) operator_labels: BTreeMap<String, String>,
-    /// Port of the gate API on the operator's pods.
-    pub(crate) gate_port: u16,
-    /// Namespace of the cluster's DNS.
-    pub(crate) dns_namespace: String,
-    /// Labels of the cluster's DNS pods.
-    pub(crate) dns_labels: BTreeMap<String, String>,
-    /// Addresses of nodes, pods, Services and the API server: never reachable, even where they are public.
-    pub(crate) cluster_ranges: Vec<IpNet>,
-}
+use super::facts::ClusterFacts;
 
 /// Where the forge answers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,7 +40,7 @@ pub(crate) fn network_policies(
     cluster: &ClusterFacts,
 ) -> Result<Vec<NetworkPolicy>, String> {
     let mut openings: Vec<(&str, Vec<NetworkPolicyEgressRule>)> = vec![
-        ("dns", vec![rule(vec![pods(&cluster.dns_namespace, &cluster.dns_labels)], &[("UDP", 53), ("TCP", 53)])]),
+        ("dns", vec![rule(dns(cluster), &[("UDP", 53), ("TCP", 53)])]),
         ("gate", vec![rule(vec![pods(&cluster.operator_namespace, &cluster.operator_labels)], &[("TCP", cluster.gate_port)])]),
     ];
     if let Some(why) = forge.addresses.iter().find_map(no_forge_at) {
@@ -89,6 +73,13 @@ pub(crate) fn no_forge_at(address: &IpAddr) -> Option<String> {
     }
     let never = is_never_a_forge(address);
     never.then(|| format!("the forge's host name leads to {address}, which is no address for a server: no job may reach it"))
+}
+
+/// Who is asked for names: the cluster's DNS pods, and the addresses that pods are told. A cache on the node and the resolvers of some
+/// clouds are link-local, or have the address of a metadata endpoint: of them port 53 is open and nothing else.
+fn dns(cluster: &ClusterFacts) -> Vec<NetworkPolicyPeer> {
+    let addresses = cluster.dns_addresses.iter().map(|address| block(IpNet::from(*address), Vec::new()));
+    std::iter::once(pods(&cluster.dns_namespace, &cluster.dns_labels)).chain(addresses).collect()
 }
 
 /// Loopback, link-local, multicast and unspecified addresses: a host name that leads there opens the node, not a forge.
@@ -179,13 +170,13 @@ fn block(range: IpNet, except: Vec<IpNet>) -> NetworkPolicyPeer {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use mayfly_crds::EgressAllow;
     use proptest::prelude::*;
 
     use super::*;
 
-    fn cluster() -> ClusterFacts {
+    pub(crate) fn cluster() -> ClusterFacts {
         let labels = |key: &str, value: &str| BTreeMap::from([(key.to_owned(), value.to_owned())]);
         ClusterFacts {
             operator_namespace: "mayfly-system".to_owned(),
@@ -193,14 +184,35 @@ mod tests {
             gate_port: 8443,
             dns_namespace: "kube-system".to_owned(),
             dns_labels: labels("k8s-app", "kube-dns"),
+            dns_addresses: vec!["10.96.0.10".parse().expect("an address")],
             cluster_ranges: vec!["203.0.113.0/28".parse().expect("a range"), "2001:db8:77::/64".parse().expect("a range")],
+            nodes: vec!["203.0.113.5".parse().expect("an address")],
         }
     }
 
     fn build(egress: &Egress) -> Result<Vec<NetworkPolicy>, String> {
+        build_in(&cluster(), egress)
+    }
+
+    fn build_in(cluster: &ClusterFacts, egress: &Egress) -> Result<Vec<NetworkPolicy>, String> {
         let owner = OwnerReference { name: "ci".to_owned(), uid: "u".to_owned(), ..OwnerReference::default() };
         let forge = ForgeAddress { addresses: vec!["198.51.100.7".parse().expect("an address")], port: 3000 };
-        network_policies("ci", "team", &owner, egress, &forge, &cluster())
+        network_policies("ci", "team", &owner, egress, &forge, cluster)
+    }
+
+    #[test]
+    fn a_resolver_at_a_metadata_address_is_open_on_its_port_alone() {
+        for resolver in ["169.254.20.10", "169.254.169.254", "168.63.129.16", "fd20:ce::254"] {
+            let address: IpAddr = resolver.parse().expect("an address");
+            let cluster = ClusterFacts { dns_addresses: vec![address], ..cluster() };
+            let policies = build_in(&cluster, &Egress { internet: true, ..Egress::default() }).expect("valid");
+            assert!(allows(&policies, address, 53), "{resolver}");
+            let rows = &Endpoints::built_in().expect("the list").endpoints;
+            assert!(rows.iter().all(|row| row.port != 53), "no proof tries the port that is open");
+            for port in rows.iter().map(|row| row.port).filter(|port| *port != 0).chain([22, 443, 10_250]) {
+                assert!(!allows(&policies, address, port), "{resolver} on {port}");
+            }
+        }
     }
 
     /// Whether some rule allows this TCP connection by address.
@@ -222,13 +234,14 @@ mod tests {
 
     #[test]
     fn the_whole_set_is_as_reviewed() {
-        let egress = Egress { internet: true, allow: vec![EgressAllow { cidr: "203.0.113.64/26".to_owned(), ports: vec![8081] }] };
+        let allow = vec![EgressAllow { cidr: "203.0.113.64/26".to_owned(), ports: vec![8081] }];
+        let egress = Egress { internet: true, allow, ..Egress::default() };
         insta::assert_yaml_snapshot!(build(&egress).expect("valid"));
     }
 
     #[test]
     fn no_endpoint_of_the_list_is_ever_allowed() {
-        let policies = build(&Egress { internet: true, allow: Vec::new() }).expect("valid");
+        let policies = build(&Egress { internet: true, ..Egress::default() }).expect("valid");
         for endpoint in &Endpoints::built_in().expect("the list").endpoints {
             for port in [endpoint.port, 80, 443] {
                 assert!(!allows(&policies, endpoint.address, port), "{endpoint:?} on {port}");
@@ -270,7 +283,7 @@ mod tests {
         #[test]
         fn an_allow_list_cannot_open_a_metadata_endpoint(bytes: [u8; 4], prefix in 0u8..=32) {
             let cidr = format!("{}.{}.{}.{}/{prefix}", bytes[0], bytes[1], bytes[2], bytes[3]);
-            let egress = Egress { internet: false, allow: vec![EgressAllow { cidr, ports: vec![80, 443, 8080] }] };
+            let egress = Egress { allow: vec![EgressAllow { cidr, ports: vec![80, 443, 8080] }], ..Egress::default() };
             if let Ok(policies) = build(&egress) {
                 for endpoint in &Endpoints::built_in().expect("the list").endpoints {
                     prop_assert!(!allows(&policies, endpoint.address, endpoint.port), "{:?}", endpoint);

@@ -15,9 +15,11 @@ use kube::runtime::reflector::ObjectRef;
 use kube::{Resource, ResourceExt};
 use mayfly_crds::names::{ANNOTATION_JOB, ANNOTATION_WORKFLOW, LABEL_MANAGED_BY, MANAGED_BY, RUNNER_SERVICE_ACCOUNT, RunnerName};
 use mayfly_crds::{Failure, RunnerPool};
+use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use super::controller::Context;
+use super::dialects;
 use super::gather::{Observed, Unmarked};
 use super::plan::{Deletion, Plan};
 use super::proof;
@@ -46,14 +48,17 @@ pub(super) async fn prepare(ctx: &Context, pool: &Pool, handle: &PoolHandle) -> 
     handle.state().forge_endpoints = addresses.iter().map(|address| SocketAddr::from((*address, pool.port))).collect();
     let forge = ForgeAddress { addresses, port: pool.port };
     let egress = &pool.spec.isolation.egress;
-    let wanted = network_policies(&pool.key.name, &pool.key.namespace, &pool.owner, egress, &forge, &ctx.settings.cluster)?;
-    let digest = digest(&wanted)?;
+    let cluster = dialects::facts(ctx);
+    let wanted = network_policies(&pool.key.name, &pool.key.namespace, &pool.owner, egress, &forge, &cluster)?;
+    let stronger = dialects::wanted(ctx, pool, &forge, &cluster)?;
+    let digest = digest(&(&wanted, &stronger))?;
     let unchanged = handle.state().policies.as_ref().is_some_and(|(applied, versions)| {
         *applied == digest
             && versions.iter().all(|(name, version)| {
                 let reference = ObjectRef::<NetworkPolicy>::new(name).within(&pool.key.namespace);
+                let seen = || ctx.policies.get(&reference)?.resource_version();
                 // One that the watch does not show may have been removed by somebody: applying it once too often does no harm.
-                ctx.policies.get(&reference).is_some_and(|seen| seen.resource_version().as_ref() == Some(version))
+                dialects::seen(ctx, pool, name).or_else(seen).as_ref() == Some(version)
             })
     });
     if unchanged {
@@ -78,6 +83,7 @@ pub(super) async fn prepare(ctx: &Context, pool: &Pool, handle: &PoolHandle) -> 
         let deleted = ctx.io.delete::<NetworkPolicy>(&pool.key.namespace, &stale.name_any()).await;
         deleted.map_err(|error| format!("NetworkPolicy: {}", error.message()))?;
     }
+    dialects::apply(ctx, pool, &stronger, &mut versions).await?;
     handle.state().policies = Some((digest, versions));
     Ok(())
 }
@@ -88,7 +94,7 @@ fn is_stale(policy: &NetworkPolicy, pool: &Pool, wanted: &BTreeMap<String, Strin
         && !wanted.contains_key(&policy.name_any())
 }
 
-fn digest(policies: &[NetworkPolicy]) -> Result<String, String> {
+fn digest(policies: &impl Serialize) -> Result<String, String> {
     let json = serde_json::to_vec(policies).map_err(|error| error.to_string())?;
     Ok(Sha256::digest(json).iter().map(|byte| format!("{byte:02x}")).collect())
 }

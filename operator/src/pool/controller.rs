@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::apply::{self, apply};
+use super::dialects::Dialects;
 use super::gather::{self, gather};
 use super::nodes::pool_nodes;
 use super::plan::{Input, Plan, Role, plan, plan_blind};
@@ -63,6 +64,7 @@ pub(crate) struct Context {
     pub(crate) pods: Store<Pod>,
     pub(crate) secrets: Store<Secret>,
     pub(crate) policies: Store<NetworkPolicy>,
+    pub(crate) dialects: Arc<Dialects>,
     pub(crate) nodes: Store<Node>,
     /// Of the whole cluster; those that bring network plugins are of interest.
     pub(crate) daemon_sets: Store<DaemonSet>,
@@ -232,6 +234,7 @@ async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
         state.enforcement = pool.spec.isolation.enforcement;
         state.nodes = nodes;
         state.adopt_isolation(&stored.isolation, ctx.now());
+        state.knows_names = ctx.dialects.cilium();
     }
     let observed = match gather(ctx, &pool, &handle).await {
         Ok(observed) => observed,
@@ -338,6 +341,9 @@ async fn report(
     let value = serde_json::to_value(&new).unwrap_or_default();
     ctx.io.patch_status::<RunnerPool>(&handle.key.namespace, &handle.key.name, &value).await?;
     handle.state().status_written = Some(now);
+    if let Some(closed) = status::newly_closed_hosts(stored, &new) {
+        ctx.io.warn(&apply::reference_to(&handle.key, &handle.uid), reasons::ENGINE_CANNOT, "Prepare", closed).await;
+    }
     Ok(true)
 }
 

@@ -3,6 +3,7 @@
 mod accept;
 mod apply;
 mod controller;
+mod dialects;
 mod gather;
 pub(crate) mod hints;
 mod nodes;
@@ -14,6 +15,7 @@ mod validate;
 
 pub(crate) use apply::reference_to;
 pub(crate) use controller::{Context, Guarded, run};
+pub(crate) use dialects::Dialects;
 pub(crate) use gather::{own_pods, runners_of_pool};
 pub(crate) use nodes::looked_at;
 pub(crate) use registry::{NoJob, PoolHandle, PoolKey, Pools};

@@ -131,6 +131,8 @@ pub(crate) struct PoolState {
     pub(crate) addresses: Option<(Vec<IpAddr>, Timestamp)>,
     /// The forge's addresses and port, as pods reach them.
     pub(crate) forge_endpoints: Vec<SocketAddr>,
+    /// Whether the network engine knows host names.
+    pub(crate) knows_names: bool,
     /// What a pod has to prove before it is registered.
     pub(crate) enforcement: Enforcement,
     /// What each pod proved of its isolation.

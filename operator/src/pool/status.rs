@@ -1,9 +1,9 @@
 //! What a pool tells: conditions, numbers, waiting jobs. Written only when it says something new.
 
 use jiff::{SignedDuration, Timestamp};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use mayfly_crds::conditions::{self, Verdict, reasons};
-use mayfly_crds::{Counts, IsolationVerdict, NodeIsolation, RunnerPoolStatus, Starts, WaitingJob};
+use mayfly_crds::{Counts, EgressHost, IsolationVerdict, NodeIsolation, RunnerPoolStatus, Starts, WaitingJob};
 
 use super::gather::{GatherError, Observed, WAITING_TOLD};
 use super::nodes::PoolNode;
@@ -82,6 +82,7 @@ pub(super) fn status(
     let mut new = old.clone();
     new.isolation = proof::nodes_told(state, &old.isolation);
     let mut verdicts = vec![users.verdict(), isolation(&new.isolation, &state.nodes)];
+    verdicts.extend(pool.and_then(|pool| hosts(&pool.spec.isolation.egress.hosts, state)));
     new.scope = pool.map(Pool::scope_text).unwrap_or_default();
     new.last_failure = state.last_failure.clone().or_else(|| old.last_failure.clone());
     match outcome {
@@ -156,6 +157,34 @@ fn isolation(found: &[NodeIsolation], nodes: &[PoolNode]) -> Verdict {
     }
 }
 
+/// Whether the host names that the pool opens are open. Nothing where it opens none.
+fn hosts(opened: &[EgressHost], state: &PoolState) -> Option<Verdict> {
+    let type_ = conditions::EGRESS_HOSTS;
+    let first = opened.first()?;
+    let names = match opened.len() - 1 {
+        0 => first.host.clone(),
+        more => format!("{} and {more} more", first.host),
+    };
+    Some(match (state.knows_names, state.policies.is_some()) {
+        (true, true) => Verdict::yes(type_, reasons::OK, format!("{names}: opened by a CiliumNetworkPolicy")),
+        (true, false) => Verdict::unknown(type_, reasons::NOT_PREPARED, "the pool's policies were not applied yet"),
+        (false, _) => {
+            let message = format!(
+                "{names}: closed to jobs, which run all the same. The cluster's network engine knows no host names: that takes Cilium and \
+                 its CiliumNetworkPolicy. Name address ranges in isolation.egress.allow instead."
+            );
+            Verdict::no(type_, reasons::ENGINE_CANNOT, message)
+        }
+    })
+}
+
+/// What to say where host names are found to be closed and were not before.
+pub(super) fn newly_closed_hosts<'a>(old: &RunnerPoolStatus, new: &'a RunnerPoolStatus) -> Option<&'a str> {
+    let closed = |condition: &&Condition| condition.type_ == conditions::EGRESS_HOSTS && condition.status == "False";
+    let told = old.conditions.iter().any(|condition| closed(&condition));
+    new.conditions.iter().find(closed).filter(|_| !told).map(|condition| condition.message.as_str())
+}
+
 fn overlap(observed: &Observed) -> Verdict {
     match observed.overlaps.is_empty() {
         true => Verdict::no(conditions::OVERLAPPING, reasons::NO_OVERLAP, "no older pool can accept the same jobs"),
@@ -188,4 +217,28 @@ pub(super) fn differs_at_once(a: &RunnerPoolStatus, b: &RunnerPoolStatus) -> boo
         lasting
     };
     lasting(a) != lasting(b)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn host_names_without_an_engine_that_knows_them_are_told_once() {
+        let opened = [EgressHost { host: "registry.example.org".to_owned(), ports: vec![443] }];
+        let state = |knows_names: bool| PoolState { knows_names, policies: Some(Default::default()), ..PoolState::default() };
+        let told = |state: &PoolState| {
+            let now = time(Timestamp::UNIX_EPOCH);
+            let conditions = conditions::merge(&[], hosts(&opened, state).as_slice(), None, &now);
+            RunnerPoolStatus { conditions, ..RunnerPoolStatus::default() }
+        };
+        let (nothing, closed, open) = (RunnerPoolStatus::default(), told(&state(false)), told(&state(true)));
+        assert!(
+            newly_closed_hosts(&nothing, &closed).is_some_and(|why| why.contains("registry.example.org") && why.contains("egress.allow"))
+        );
+        assert!(newly_closed_hosts(&open, &closed).is_some() && newly_closed_hosts(&closed, &closed).is_none());
+        assert!(newly_closed_hosts(&closed, &open).is_none() && open.conditions[0].status == "True");
+        assert_eq!(told(&PoolState { knows_names: true, ..PoolState::default() }).conditions[0].status, "Unknown");
+        assert!(hosts(&[], &state(false)).is_none());
+    }
 }

@@ -12,6 +12,7 @@ use super::accept::Rules;
 use super::registry::PoolKey;
 use crate::forge::Repository;
 use crate::forge::gitea::Scope;
+use crate::isolation::is_host_name;
 
 /// A pool whose spec makes sense.
 #[derive(Clone, Debug)]
@@ -77,6 +78,12 @@ pub(crate) fn validate(pool: &RunnerPool) -> Result<Pool, String> {
     let workspace = spec.runner.workspace.iter().map(|amount| ("workspace".to_owned(), amount));
     if let Some((field, _)) = bounded.chain(workspace).find(|(_, amount)| is_zero(amount)) {
         return Err(format!("spec.runner.{field}: 0 would mean without limit"));
+    }
+    if let Some(opened) = spec.isolation.egress.hosts.iter().find(|opened| !is_host_name(&opened.host)) {
+        return Err(format!(
+            "spec.isolation.egress.hosts: {:?} is not a host name such as registry.example.org or *.example.org",
+            opened.host
+        ));
     }
     Ok(Pool {
         key: PoolKey { namespace: pool.namespace().unwrap_or_default(), name: pool.name_any() },
@@ -216,6 +223,10 @@ pub(super) mod tests {
             ("scale", format!(r#"{{"forge":{{"gitea":{GITEA}}},"scale":{{"max":0}}}}"#)),
             ("runner.workspace", format!(r#"{{"forge":{{"gitea":{GITEA}}},"runner":{{"workspace":"0Gi"}}}}"#)),
             ("limits.cpu", format!(r#"{{"forge":{{"gitea":{GITEA}}},"runner":{{"resources":{{"limits":{{"cpu":"0.0"}}}}}}}}"#)),
+            (
+                "egress.hosts",
+                format!(r#"{{"forge":{{"gitea":{GITEA}}},"isolation":{{"egress":{{"hosts":[{{"host":"*","ports":[443]}}]}}}}}}"#),
+            ),
             ("deadlines.job", format!(r#"{{"forge":{{"gitea":{GITEA}}},"deadlines":{{"job":"soon"}}}}"#)),
             ("url", format!(r#"{{"forge":{{"gitea":{}}}}}"#, GITEA.replace("https://", "https://user:pw@"))),
             ("url", format!(r#"{{"forge":{{"gitea":{}}}}}"#, GITEA.replace("https://", "file://"))),

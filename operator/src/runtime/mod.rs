@@ -1,5 +1,6 @@
 //! The skeleton of the process: watches, servers, shutdown. Any part that ends by itself ends the process.
 
+mod dialects;
 pub(crate) mod health;
 pub(crate) mod metrics;
 mod watches;
@@ -56,6 +57,7 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
     let (registry, wakes) = Pools::new();
     let registry = Arc::new(registry);
     let (stores, root) = watches::start(&client, &namespace, &registry, &mut parts, &stop);
+    let dialects = dialects::start(&client, &registry, &mut parts, &stop);
     let pools = stores.pools.clone();
     let ctx = Arc::new(Context {
         io,
@@ -66,6 +68,7 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
         pods: stores.pods.clone(),
         secrets: stores.secrets.clone(),
         policies: stores.policies.clone(),
+        dialects: dialects.clone(),
         nodes: stores.nodes.clone(),
         daemon_sets: stores.daemon_sets.clone(),
         api_endpoints: stores.api_endpoints.clone(),
@@ -92,6 +95,7 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
     parts.spawn(async move {
         // Nothing is decided before everything was seen once. The root watch is driven by the controller itself.
         stores.wait_but_root().await?;
+        dialects.asked().await;
         gate.done("watches");
         pool::run(controller_ctx, pools, root, UnboundedReceiverStream::new(wakes), token).await;
         Ok("controller")

@@ -56,6 +56,7 @@ fn context(server: &Server, pods: &[Pod]) -> Arc<Context> {
         pods: writer.as_reader(),
         secrets: reflector::store().0,
         policies: reflector::store().0,
+        dialects: Arc::new(Dialects::new(reflector::store().0)),
         nodes: reflector::store().0,
         daemon_sets: reflector::store().0,
         api_endpoints: reflector::store().0,

@@ -1,0 +1,97 @@
+//! Dialects of network policies beside NetworkPolicy, where the cluster has them: what is wanted, what stands, what is applied.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use kube::ResourceExt;
+use kube::core::PartialObjectMeta;
+use kube::runtime::reflector::{ObjectRef, Store};
+use tokio::sync::watch;
+
+use super::controller::Context;
+use super::validate::Pool;
+use crate::isolation::{CiliumNetworkPolicy, ClusterFacts, ForgeAddress, cilium_policies};
+
+/// What a CiliumNetworkPolicy's version is noted under, before its name.
+const CILIUM: &str = "CiliumNetworkPolicy/";
+
+/// Which dialects the API server speaks, and Mayfly's objects in them.
+pub(crate) struct Dialects {
+    /// Whether it serves CiliumNetworkPolicy; nothing before it was asked.
+    served: watch::Sender<Option<bool>>,
+    policies: Store<PartialObjectMeta<CiliumNetworkPolicy>>,
+}
+
+impl Dialects {
+    /// Before the API server was asked.
+    pub(crate) fn new(policies: Store<PartialObjectMeta<CiliumNetworkPolicy>>) -> Self {
+        Self { served: watch::Sender::new(None), policies }
+    }
+
+    /// Notes the answer; true where it is news.
+    pub(crate) fn note_cilium(&self, served: bool) -> bool {
+        self.served.send_replace(Some(served)) != Some(served)
+    }
+
+    /// Waits for the first answer.
+    pub(crate) async fn asked(&self) {
+        // The sender lives as long as `self`.
+        let _ = self.served.subscribe().wait_for(Option::is_some).await;
+    }
+
+    /// Whether the cluster has Cilium's policies.
+    pub(crate) fn cilium(&self) -> bool {
+        *self.served.borrow() == Some(true)
+    }
+}
+
+/// What the builders have to know, with what the watches show.
+pub(super) fn facts(ctx: &Context) -> ClusterFacts {
+    let (nodes, api_server) = (ctx.nodes.state(), ctx.api_endpoints.state());
+    ctx.settings.cluster.clone().joined(nodes.iter().map(|node| &**node), api_server.iter().map(|slice| &**slice))
+}
+
+/// The pool's policies in Cilium's dialect; none where the cluster does not have it.
+pub(super) fn wanted(ctx: &Context, pool: &Pool, forge: &ForgeAddress, cluster: &ClusterFacts) -> Result<Vec<CiliumNetworkPolicy>, String> {
+    match ctx.dialects.cilium() {
+        true => cilium_policies(&pool.key.name, &pool.key.namespace, &pool.owner, &pool.spec.isolation.egress, forge, cluster),
+        false => Ok(Vec::new()),
+    }
+}
+
+/// The version of a policy that stands, if it is noted in one of these dialects.
+pub(super) fn seen(ctx: &Context, pool: &Pool, noted: &str) -> Option<String> {
+    let reference = ObjectRef::new(noted.strip_prefix(CILIUM)?).within(&pool.key.namespace);
+    ctx.dialects.policies.get(&reference).map(|policy| version(&*policy))
+}
+
+/// Applies the policies and notes their versions; removes those that are wanted no more.
+pub(super) async fn apply(
+    ctx: &Context,
+    pool: &Pool,
+    wanted: &[CiliumNetworkPolicy],
+    versions: &mut BTreeMap<String, String>,
+) -> Result<(), String> {
+    for policy in wanted {
+        let stored = ctx.io.apply(&pool.key.namespace, policy).await.map_err(|error| format!("{CILIUM}{}", error.message()))?;
+        versions.insert(format!("{CILIUM}{}", stored.name_any()), version(&stored));
+    }
+    if !ctx.dialects.cilium() {
+        return Ok(());
+    }
+    let stale = |policy: &Arc<PartialObjectMeta<CiliumNetworkPolicy>>| {
+        policy.namespace().as_deref() == Some(&pool.key.namespace)
+            && policy.owner_references().iter().any(|owner| owner.uid == pool.uid)
+            && !versions.contains_key(&format!("{CILIUM}{}", policy.name_any()))
+    };
+    for policy in ctx.dialects.policies.state().iter().filter(|policy| stale(policy)) {
+        let deleted = ctx.io.delete::<CiliumNetworkPolicy>(&pool.key.namespace, &policy.name_any()).await;
+        deleted.map_err(|error| format!("{CILIUM}{}", error.message()))?;
+    }
+    Ok(())
+}
+
+/// Which object it is, and how often its spec was changed. Not its resource version: some versions of Cilium write into the status.
+fn version(policy: &impl ResourceExt) -> String {
+    format!("{} {}", policy.uid().unwrap_or_default(), policy.meta().generation.unwrap_or_default())
+}

@@ -1,0 +1,101 @@
+//! Follows kinds that a cluster may have or not, and may get or lose while the process runs.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Result;
+use futures::StreamExt;
+use kube::api::Api;
+use kube::core::PartialObjectMeta;
+use kube::runtime::reflector::store::Writer;
+use kube::runtime::watcher::{self, Event, watcher};
+use kube::{Client, Resource, ResourceExt};
+use mayfly_crds::names::{LABEL_POOL, managed_selector};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::isolation::CiliumNetworkPolicy;
+use crate::pool::{Dialects, PoolKey, Pools};
+
+/// How often the API server is asked for a kind that it does not serve.
+const LOOK: Duration = Duration::from_secs(120);
+/// After a call that failed.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// Starts to follow the pools' policies in Cilium's dialect. Where it comes, goes or changes, pools look again.
+pub(super) fn start(
+    client: &Client,
+    registry: &Arc<Pools>,
+    parts: &mut JoinSet<Result<&'static str>>,
+    stop: &CancellationToken,
+) -> Arc<Dialects> {
+    let writer = Writer::default();
+    let dialects = Arc::new(Dialects::new(writer.as_reader()));
+    let following = follow(client.clone(), registry.clone(), dialects.clone(), writer);
+    let stop = stop.clone();
+    parts.spawn(async move {
+        tokio::select! { () = following => {}, () = stop.cancelled() => {} }
+        Ok("dialects")
+    });
+    dialects
+}
+
+async fn follow(client: Client, registry: Arc<Pools>, dialects: Arc<Dialects>, mut writer: Writer<PartialObjectMeta<CiliumNetworkPolicy>>) {
+    loop {
+        let served = match served(&client).await {
+            Ok(served) => served,
+            Err(error) => {
+                tracing::warn!(%error, "the API server does not say whether it has Cilium's policies");
+                tokio::time::sleep(RETRY).await;
+                continue;
+            }
+        };
+        let tell = |served: bool| {
+            if dialects.note_cilium(served) {
+                tracing::info!(served, "CiliumNetworkPolicy");
+                registry.all().iter().for_each(|handle| registry.wake(handle.key.clone()));
+            }
+        };
+        if !served {
+            tell(false);
+            tokio::time::sleep(LOOK).await;
+            continue;
+        }
+        let config = watcher::Config::default().labels(&managed_selector());
+        let mut events = watcher(Api::<PartialObjectMeta<CiliumNetworkPolicy>>::all(client.clone()), config).boxed();
+        // An error may mean that the kind is gone: that is asked before the watch begins anew.
+        while let Some(event) = events.next().await {
+            match event {
+                Ok(event) => {
+                    writer.apply_watcher_event(&event);
+                    match &event {
+                        Event::Apply(policy) | Event::Delete(policy) => {
+                            if let (Some(namespace), Some(name)) = (policy.namespace(), policy.labels().get(LABEL_POOL)) {
+                                registry.wake(PoolKey { namespace, name: name.clone() });
+                            }
+                        }
+                        // Not before: what is there and no longer wanted has to be known when pools look.
+                        Event::InitDone => tell(true),
+                        Event::Init | Event::InitApply(_) => {}
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "watch of Cilium's policies");
+                    // Where it may not be watched it may not be applied either, which the pools tell.
+                    tell(true);
+                    break;
+                }
+            }
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+/// Whether the API server has Cilium's policies. That it has not is normal.
+async fn served(client: &Client) -> Result<bool, kube::Error> {
+    match client.list_api_group_resources(&CiliumNetworkPolicy::api_version(&())).await {
+        Ok(list) => Ok(list.resources.iter().any(|resource| resource.name == CiliumNetworkPolicy::plural(&()))),
+        Err(kube::Error::Api(status)) if status.is_not_found() => Ok(false),
+        Err(error) => Err(error),
+    }
+}
