@@ -17,7 +17,7 @@ use mayfly_crds::IsolationVerdict;
 use mayfly_crds::names::ANNOTATION_JOB;
 use mayfly_e2e::stage::{PATIENCE, POOL, Stage, said, workflow};
 use mayfly_e2e::wait::eventually;
-use mayfly_e2e::world::repository;
+use mayfly_e2e::world::{built, repository};
 use mayfly_e2e::{World, leak, pool};
 use serde_json::{Value, json};
 

@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 use std::io::Write;
-use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::thread;
 use std::time::Duration;
 
@@ -14,9 +14,9 @@ const PAUSE: Duration = Duration::from_millis(20);
 
 #[derive(Args)]
 pub(crate) struct Settings {
-    /// Where to answer, TCP and UDP.
-    #[arg(long, env = "MAYFLY_SENTINEL_ADDRESS", default_value_t = SocketAddr::from(([0, 0, 0, 0], SENTINEL_PORT)))]
-    address: SocketAddr,
+    /// Where to answer, TCP and UDP [default: everywhere, IPv6 and IPv4, on port 7654].
+    #[arg(long, env = "MAYFLY_SENTINEL_ADDRESS")]
+    address: Option<SocketAddr>,
 }
 
 /// Answers for ever. Nothing that is said is looked at, and an answer is never longer than the question.
@@ -24,9 +24,12 @@ pub(crate) struct Settings {
 /// # Errors
 /// When the address cannot be had.
 pub(crate) fn run(settings: &Settings) -> Result<Infallible, String> {
-    let wrong = |error: std::io::Error| format!("{}: {error}", settings.address);
-    let listener = TcpListener::bind(settings.address).map_err(wrong)?;
-    let socket = UdpSocket::bind(settings.address).map_err(wrong)?;
+    // The first takes IPv4 as well; a node may have no IPv6.
+    let everywhere = [SocketAddr::from((Ipv6Addr::UNSPECIFIED, SENTINEL_PORT)), SocketAddr::from((Ipv4Addr::UNSPECIFIED, SENTINEL_PORT))];
+    let addresses = settings.address.as_ref().map_or(&everywhere[..], std::slice::from_ref);
+    let wrong = |error: std::io::Error| format!("{addresses:?}: {error}");
+    let listener = TcpListener::bind(addresses).map_err(wrong)?;
+    let socket = UdpSocket::bind(addresses).map_err(wrong)?;
     thread::spawn(move || {
         let mut said = [0; GREETING.len()];
         loop {

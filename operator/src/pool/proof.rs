@@ -204,12 +204,16 @@ pub(super) fn wanted(ctx: &Context, handle: &PoolHandle) -> Vec<String> {
     wanted
 }
 
-/// What a gate is to try. `None` where the pool is not ready to tell: its policies were not applied yet.
+/// What a gate is to try. `None` where that cannot be told yet: the pool's policies were not applied, or the pod's node is not known.
 ///
 /// # Errors
 /// When the list of metadata endpoints cannot be read.
 pub(crate) async fn ask(ctx: &Context, handle: &PoolHandle, pod: &Pod) -> Result<Option<Challenge>, String> {
     let around = surroundings(ctx, handle, Some(pod)).await;
+    if around.node.is_empty() {
+        // The watch has not told yet where the pod is.
+        return Ok(None);
+    }
     let forbidden = forbidden(&around)?;
     let endpoints: Vec<Endpoint> = forbidden.iter().map(|(_, endpoint)| *endpoint).collect();
     let controls = ctx.controls.look(&endpoints).await;
@@ -273,11 +277,11 @@ pub(super) async fn prepare_controls(ctx: Arc<Context>, handle: Arc<PoolHandle>)
 
 /// What is around a pod; around every node's pods where it is not known yet.
 async fn surroundings(ctx: &Context, handle: &PoolHandle, pod: Option<&Pod>) -> Surroundings {
-    let status = pod.and_then(|pod| pod.status.as_ref());
-    let listed = status.iter().flat_map(|status| status.host_ips.iter().flatten()).map(|host| host.ip.as_str());
-    let node: Vec<IpAddr> = listed.chain(status.and_then(|status| status.host_ip.as_deref())).filter_map(|ip| ip.parse().ok()).collect();
     let nodes = ctx.nodes.state();
-    let other_nodes = nodes.iter().filter_map(|node| address(node)).filter(|address| !node.contains(address)).collect();
+    let own = pod.and_then(|pod| pod.spec.as_ref()?.node_name.as_ref());
+    let is_own = |node: &&Arc<Node>| own.is_some_and(|own| node.name_any() == *own);
+    let node: Vec<IpAddr> = nodes.iter().filter(is_own).flat_map(|node| addresses(node)).collect();
+    let other_nodes = nodes.iter().filter(|node| !is_own(node)).filter_map(|node| addresses(node).next()).collect();
     let slices = ctx.api_endpoints.state();
     let endpoints = slices.iter().flat_map(|slice| {
         let ports: Vec<u16> = slice.ports.iter().flatten().filter_map(|port| u16::try_from(port.port?).ok()).collect();
@@ -304,9 +308,10 @@ async fn gate(ctx: &Context) -> Vec<SocketAddr> {
     ctx.names.find(host).await.into_iter().map(|address| SocketAddr::from((address, port))).collect()
 }
 
-fn address(node: &Node) -> Option<IpAddr> {
-    let addresses = node.status.as_ref()?.addresses.as_ref()?;
-    addresses.iter().find(|address| address.type_ == "InternalIP")?.address.parse().ok()
+/// Of one family or of both.
+fn addresses(node: &Node) -> impl Iterator<Item = IpAddr> {
+    let listed = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
+    listed.filter(|address| address.type_ == "InternalIP").filter_map(|address| address.address.parse().ok())
 }
 
 /// What a report shows, by class, with what it should have shown and did not.
