@@ -61,7 +61,7 @@ const EXPECTED: [(&str, &str, When, &str); 25] = [
 ];
 
 /// Where every hidden thing has to be found.
-const HIDING_PLACES: [&str; 8] = [
+const HIDING_PLACES: [&str; 7] = [
     "file /tmp",
     "file /dev/shm",
     "environment of environment holder",
@@ -69,7 +69,6 @@ const HIDING_PLACES: [&str; 8] = [
     "memory of memory holder",
     "open file of open files holder",
     "pipe of open files holder",
-    "abstract socket",
 ];
 
 #[tokio::test(flavor = "multi_thread")]
@@ -178,7 +177,7 @@ fn first_line(pem: &str) -> Result<String> {
 /// Whether the search found what it hid itself, and came to its end.
 fn looked_everywhere<'a>(log: &str, canaries: &BTreeSet<&str>, kinds: impl Iterator<Item = &'a str>) -> Result<()> {
     for kind in kinds {
-        for place in HIDING_PLACES.iter().take(7) {
+        for place in HIDING_PLACES {
             let what = format!("{kind} | {place}");
             ensure!(canaries.iter().any(|line| line.starts_with(&what)), "the search missed its own {what}: {canaries:#?}");
         }
