@@ -46,8 +46,6 @@ pub mod reasons {
     pub const ISOLATION_BREACH: &str = "IsolationBreach";
     /// Whether a runner pod is isolated could not be shown.
     pub const ISOLATION_UNPROVEN: &str = "IsolationUnproven";
-    /// Somebody of the break-glass group looked into a runner pod, or added to it. An event only.
-    pub const BREAK_GLASS: &str = "BreakGlass";
     /// Some schedulable node cannot run pods in user namespaces.
     pub const NODES_LACK_SUPPORT: &str = "NodesLackSupport";
     /// No engine of the cluster's can do what the pool asks for.

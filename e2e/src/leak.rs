@@ -19,8 +19,10 @@ use crate::wait::eventually;
 
 /// Where the pods try to get: an address outside that no pool opens.
 const TARGET: (Ipv4Addr, u16) = (Ipv4Addr::new(100, 100, 100, 201), 8_099);
+/// Pods that are started to find one that leaks.
+pub const STARTS: usize = 200;
 /// Pods at the same time.
-const AT_ONCE: usize = 10;
+const AT_ONCE: usize = 16;
 /// Tries of a pod, every 20 ms, begun by its first instruction.
 const TRIES: usize = 60;
 /// Said after the last try.

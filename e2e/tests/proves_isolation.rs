@@ -303,9 +303,17 @@ async fn no_leak_at_start() -> Result<()> {
     stage.hook()?;
     let control = leak::control(&stage).await?;
     ensure!(!control.is_empty(), "a pod without policy does not get out either");
-    let found = leak::leaks(&stage, 30).await?;
+    let found = leak::leaks(&stage, leak::STARTS).await?;
     ensure!(found.visits.is_empty(), "{} tries of {} starts got through: {:?}", found.visits.len(), found.starts, found.visits);
+    ensure!(found.starts >= leak::STARTS, "{} pods ran", found.starts);
     stage.nothing_left(&pool).await?;
+    // Their gates tried the sentinels as well, from their own first instruction on.
+    let starts = eventually("what gates told of their starts", PATIENCE, || async {
+        let starts = stage.status().await?.isolation.first().map(|node| node.starts);
+        Ok(starts.filter(|starts| starts.pods as usize >= leak::STARTS / 2))
+    })
+    .await?;
+    ensure!(starts.leaks == 0, "{starts:?}");
     stage.strike().await
 }
 

@@ -160,7 +160,11 @@ async fn a_pool_written_past_validation_is_told_so_and_harms_nobody() -> Result<
     let events: Api<Event> = Api::namespaced(stage.world.client.clone(), &stage.namespace);
     let told = eventually("the pool told what it is", PATIENCE, || async {
         let conditions = untyped.get("past").await?.data["status"]["conditions"].clone();
-        let ready = conditions.as_array().into_iter().flatten().find(|condition| condition["reason"] == "InvalidSpec");
+        let ready = conditions
+            .as_array()
+            .into_iter()
+            .flatten()
+            .find(|condition| condition["type"] == "Ready" && condition["reason"] == "InvalidSpec");
         let by_status = ready.and_then(|condition| condition["message"].as_str()).map(str::to_owned);
         let found = events.list(&ListParams::default()).await?;
         let by_event = found.items.into_iter().find(|event| event.reason.as_deref() == Some("InvalidSpec")).and_then(|event| event.note);
@@ -268,8 +272,7 @@ async fn an_address_that_is_no_forges_is_never_asked() -> Result<()> {
         let made = json!({"metadata": {"name": secret, "annotations": annotations}, "stringData": {"token": "t"}});
         api.create(&PostParams::default(), &serde_json::from_value(made)?).await?;
         let manifest = pool::manifest(&stage.world, &stage.namespace, &name, &stage.organization, |pool| {
-            pool["spec"]["forge"]["gitea"] =
-                json!({"url": url, "scope": {"organization": "any"}, "tokenSecretRef": {"name": secret, "key": "token"}});
+            pool["spec"]["forge"]["gitea"] = json!({"url": url, "scope": {"organization": "any"}, "labels": ["linux"], "tokenSecretRef": {"name": secret, "key": "token"}});
         });
         pool::apply(&stage.world, &manifest).await?;
         let (reason, message) = pool::condition(&stage.world, &stage.namespace, &name, "ForgeReachable", "False").await?;

@@ -33,7 +33,8 @@ async fn version(stage: &Stage) -> Result<Option<String>> {
 }
 
 /// Rules that no call of the operator's shows by itself, and why it has them.
-const UNSEEN: [(&str, &str, &str); 4] = [
+const UNSEEN: [(&str, &str, &str); 5] = [
+    ("create", "ciliumnetworkpolicies", "applying an object that is not there needs it, and is a patch in the audit log"),
     ("create", "networkpolicies", "applying an object that is not there needs it, and is a patch in the audit log"),
     ("create", "serviceaccounts", "applying an object that is not there needs it, and is a patch in the audit log"),
     ("update", "runnerpools/finalizers", "an admission plugin asks for it where a pod is owned by a pool; nobody calls it"),

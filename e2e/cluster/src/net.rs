@@ -168,8 +168,13 @@ mount --bind "$RESOLV" /etc/resolv.conf
 
 /// Adds an address that the outside world or the node answers for, e.g. a decoy's. Cilium takes one of the node for the node itself.
 pub fn add_address(layout: &Layout, world: World, address: IpAddr) -> Result<()> {
-    let whole = if address.is_ipv4() { 32 } else { 128 };
-    run(&mut command("ip", ["-n", &layout.netns(world), "addr", "replace", &format!("{address}/{whole}"), "dev", "lo"]))
+    let mut add = command("ip", ["-n", &layout.netns(world), "addr", "replace"]);
+    match address {
+        IpAddr::V4(_) => add.arg(format!("{address}/32")).args(["dev", "lo"]),
+        // Whether another has it is not asked, so that it can be listened on at once.
+        IpAddr::V6(_) => add.arg(format!("{address}/128")).args(["dev", "lo", "nodad"]),
+    };
+    run(&mut add)
 }
 
 /// Removes mount and network namespaces, and with them every link, route and rule. Nothing may run in them any more.

@@ -30,8 +30,6 @@ use tokio::sync::Mutex;
 /// Jobs measured one after another, and as one burst.
 const SINGLE: usize = 8;
 const BURST: usize = 20;
-/// Pods whose first instruction connects.
-const STARTS: usize = 200;
 /// Numbers of pools at which memory is measured.
 const POOLS: [usize; 3] = [1, 50, 500];
 /// The job says when its first step began and when its last step ended, by the clock that this program reads as well.
@@ -111,9 +109,9 @@ async fn bench(arguments: &Arguments) -> Result<()> {
     burst(&stage, &served, &mut figures).await?;
     if !arguments.quick {
         breach(&stage, &served, &mut figures).await?;
-        let found = leak::leaks(&stage, STARTS).await?;
+        let found = leak::leaks(&stage, leak::STARTS).await?;
         stage.nothing_left(&served).await?;
-        figures.add(format!("leaks_in_{STARTS}_starts"), found.visits.len() as f64, "tries");
+        figures.add(format!("leaks_in_{}_starts", leak::STARTS), found.visits.len() as f64, "tries");
         memory(&stage, &mut figures).await?;
     }
     figures.write()?;

@@ -13,7 +13,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::runtime::watcher::{Config, Event, watcher};
 use kube::{Api, ResourceExt};
 use mayfly_cluster::forge::{Job, Scope};
-use mayfly_cluster::{Cluster, Options, Progress, World as Place};
+use mayfly_cluster::{Cluster, Options, Progress, Provider, World as Place};
 use mayfly_crds::names::{ANNOTATION_JOB, LABEL_POOL};
 use mayfly_e2e::forge::Organization;
 use mayfly_e2e::wait::eventually;
@@ -64,8 +64,11 @@ async fn demo() -> Result<()> {
     let cluster = Cluster::up(Options::default(), &progress)?;
     install::install(&cluster, &progress)?;
     let world = World::connect().await?;
-    // It answers, so that "no answer" in the job means something.
-    world.decoy(Place::Outside, METADATA).await?;
+    match cluster.provider() {
+        // It answers, so that "no answer" in the job means something.
+        Provider::Local => world.decoy(Place::Outside, METADATA).await.map(drop)?,
+        Provider::Kind | Provider::Kubeconfig => say("no metadata endpoint is played here: that takes a cluster of this machine"),
+    }
 
     let step = progress.step("forge and pool");
     let organization = Organization::create(&world, ORGANIZATION)?;

@@ -27,6 +27,8 @@ pub(crate) enum Answer {
     Object(Value),
     /// This status code with this reason.
     Refusal(u16, &'static str),
+    /// This status code with plain text, as for a path that there is not.
+    Text(u16, &'static str),
     /// Nothing, for ever.
     Silence,
 }
@@ -80,13 +82,14 @@ impl Server {
             script.calls.push(call);
             script.answers.pop_front()
         });
-        let (code, object) = match answer {
-            Some(Answer::Object(object)) => (200, object),
-            Some(Answer::Refusal(code, reason)) => (code, status(code, reason)),
+        let (code, text) = match answer {
+            Some(Answer::Object(object)) => (200, object.to_string()),
+            Some(Answer::Refusal(code, reason)) => (code, status(code, reason).to_string()),
+            Some(Answer::Text(code, text)) => (code, text.to_owned()),
             Some(Answer::Silence) => std::future::pending().await,
-            None => (500, status(500, "NotInTheScript")),
+            None => (500, status(500, "NotInTheScript").to_string()),
         };
-        let mut response = Response::new(Body::from(object.to_string().into_bytes()));
+        let mut response = Response::new(Body::from(text.into_bytes()));
         *response.status_mut() = axum::http::StatusCode::from_u16(code).unwrap_or_default();
         response
     }

@@ -12,13 +12,14 @@ use axum::routing::post;
 use axum::{Json, Router};
 use kube::ResourceExt;
 use kube::runtime::reflector::ObjectRef;
-use mayfly_crds::conditions::reasons;
 use mayfly_crds::names::LABEL_POOL;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::pool::{Context, PoolKey, reference_to};
 
+/// Reason of the event.
+const BREAK_GLASS: &str = "BreakGlass";
 /// Longest question, in bytes: a whole pod is in some.
 const MAX_QUESTION: usize = 2 << 20;
 /// Between two tries to tell the API server where to ask.
@@ -69,7 +70,7 @@ async fn asked(State(ctx): State<Arc<Context>>, Json(question): Json<Question>) 
         tracing::warn!(%pool, note, "break-glass");
         let told = ctx.clone();
         // The API server waits for the answer, not for the event.
-        ctx.tasks.spawn(async move { told.io.warn(&reference_to(&pool, &uid), reasons::BREAK_GLASS, "Connect", &note).await });
+        ctx.tasks.spawn(async move { told.io.warn(&reference_to(&pool, &uid), BREAK_GLASS, "Connect", &note).await });
     }
     Json(answer)
 }

@@ -95,7 +95,38 @@ async fn follow(client: Client, registry: Arc<Pools>, dialects: Arc<Dialects>, m
 async fn served(client: &Client) -> Result<bool, kube::Error> {
     match client.list_api_group_resources(&CiliumNetworkPolicy::api_version(&())).await {
         Ok(list) => Ok(list.resources.iter().any(|resource| resource.name == CiliumNetworkPolicy::plural(&()))),
-        Err(kube::Error::Api(status)) if status.is_not_found() => Ok(false),
+        // The answer for a group that there is not is plain text and carries no reason.
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(false),
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::kube_io::scripted::{Answer, Server};
+
+    #[tokio::test]
+    async fn a_cluster_without_the_group_or_the_kind_has_it_not_and_trouble_is_no_answer() {
+        let group = |kinds: &[&str]| {
+            let resources: Vec<_> = kinds
+                .iter()
+                .map(|name| json!({"name": name, "singularName": "", "namespaced": true, "kind": "K", "verbs": ["list"]}))
+                .collect();
+            Answer::Object(json!({"kind": "APIResourceList", "groupVersion": "cilium.io/v2", "resources": resources}))
+        };
+        let answers = [
+            Answer::Text(404, "404 page not found"),
+            Answer::Refusal(404, "NotFound"),
+            group(&["ciliumnodes"]),
+            group(&["ciliumnodes", "ciliumnetworkpolicies"]),
+        ];
+        let client = Server::new(answers).client();
+        for has in [false, false, false, true] {
+            assert_eq!(served(&client).await.ok(), Some(has));
+        }
+        assert!(served(&client).await.is_err());
     }
 }
