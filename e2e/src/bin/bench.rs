@@ -124,7 +124,7 @@ struct Spans {
     end: f64,
 }
 
-/// When pods of the stage were first seen, when their deletion was, when no process of theirs was left, and when they were gone.
+/// When pods of the stage were first seen, when their deletion was, and when they were gone.
 #[derive(Clone, Default)]
 struct Times(Arc<Mutex<BTreeMap<String, Life>>>);
 
@@ -132,16 +132,7 @@ struct Times(Arc<Mutex<BTreeMap<String, Life>>>);
 struct Life {
     seen: f64,
     leaving: Option<f64>,
-    ended: Option<f64>,
     gone: Option<f64>,
-}
-
-/// Whether the node says that every container of the pod has ended.
-fn has_ended(pod: &Pod) -> bool {
-    let status = pod.status.as_ref();
-    let inits = status.iter().flat_map(|status| status.init_container_statuses.iter().flatten());
-    let mut containers = inits.chain(status.iter().flat_map(|status| status.container_statuses.iter().flatten())).peekable();
-    containers.peek().is_some() && containers.all(|container| container.state.as_ref().is_some_and(|state| state.terminated.is_some()))
 }
 
 impl Times {
@@ -155,12 +146,9 @@ impl Times {
                 let mut all = seen.0.lock().await;
                 match event {
                     Event::Apply(pod) | Event::InitApply(pod) => {
-                        let life = all.entry(pod.name_any()).or_insert(Life { seen: now, leaving: None, ended: None, gone: None });
+                        let life = all.entry(pod.name_any()).or_insert(Life { seen: now, leaving: None, gone: None });
                         if pod.metadata.deletion_timestamp.is_some() {
                             life.leaving.get_or_insert(now);
-                        }
-                        if has_ended(&pod) {
-                            life.ended.get_or_insert(now);
                         }
                     }
                     Event::Delete(pod) => drop(all.entry(pod.name_any()).and_modify(|life| life.gone = Some(now))),
@@ -237,7 +225,7 @@ async fn pods(stage: &Stage, times: &Times, kind: &str, spec: &PodSpec, figures:
 /// Jobs one after another: how long each part of a job's life takes when nothing else happens.
 async fn one_by_one(stage: &Stage, served: &RunnerPool, times: &Times, figures: &mut Figures) -> Result<Spans> {
     let (mut create, mut first) = (Vec::new(), Vec::new());
-    let (mut leaving, mut processes_gone, mut pod_gone, mut registration_gone) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut leaving, mut pod_gone, mut registration_gone) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..SINGLE {
         times.0.lock().await.clear();
         let began = now();
@@ -254,7 +242,6 @@ async fn one_by_one(stage: &Stage, served: &RunnerPool, times: &Times, figures: 
         create.push(life.seen - began);
         first.push(stamp(&log, "first=")? - began);
         leaving.push(life.leaving.context("a pod is deleted before it is gone")? - ended);
-        processes_gone.push(life.ended.or(life.gone).unwrap_or_default() - ended);
         pod_gone.push(life.gone.unwrap_or_default() - ended);
         registration_gone.push(free - ended);
     }
@@ -262,7 +249,6 @@ async fn one_by_one(stage: &Stage, served: &RunnerPool, times: &Times, figures: 
     let start = figures.spread("queue_to_first_step", first);
     figures.spread("job_end_to_registration_gone", registration_gone);
     figures.spread("job_end_to_pod_deletion", leaving);
-    figures.spread("job_end_to_processes_gone", processes_gone);
     let end = figures.spread("job_end_to_pod_gone", pod_gone);
     Ok(Spans { start, end })
 }

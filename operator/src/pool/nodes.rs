@@ -10,6 +10,8 @@ use mayfly_crds::Runner;
 
 /// Host paths under which network plugins put their programs and configuration.
 const PLUGIN_PATHS: [&str; 3] = ["/etc/cni", "/opt/cni", "/var/lib/cni"];
+/// The label that says what runs on a node; runner pods are for Linux.
+const OS: &str = "kubernetes.io/os";
 /// Digits of the boot ID that are told.
 const BOOT_DIGITS: usize = 8;
 
@@ -30,7 +32,8 @@ pub(super) fn pool_nodes(nodes: &[Arc<Node>], daemon_sets: &[Arc<DaemonSet>], ru
     let fits = |node: &&Arc<Node>| {
         let labels = node.labels();
         let taints = node.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
-        runner.node_selector.iter().all(|(key, value)| labels.get(key) == Some(value))
+        labels.get(OS).is_none_or(|os| os == "linux")
+            && runner.node_selector.iter().all(|(key, value)| labels.get(key) == Some(value))
             && taints.filter(|taint| taint.effect != "PreferNoSchedule").all(|taint| {
                 // They come and go with the node's state, which says whether it is ready.
                 taint.key.starts_with("node.kubernetes.io/") || runner.tolerations.iter().any(|toleration| tolerates(toleration, taint))
@@ -128,6 +131,7 @@ mod tests {
         let taint = |effect: &str| json!([{"key": "gpu", "value": "a", "effect": effect}]);
         let nodes = [
             node("slow", |node| node["metadata"]["labels"]["disk"] = json!("hdd")),
+            node("windows", |node| node["metadata"]["labels"][OS] = json!("windows")),
             node("tainted", |node| node["spec"]["taints"] = taint("NoSchedule")),
             node("preferred", |node| node["spec"]["taints"] = taint("PreferNoSchedule")),
             node("away", |node| node["spec"]["taints"] = json!([{"key": "node.kubernetes.io/not-ready", "effect": "NoSchedule"}])),
@@ -142,7 +146,7 @@ mod tests {
             (json!({"key": "gpu", "value": "a", "effect": "NoExecute"}), false),
             (json!({"key": "cpu", "operator": "Exists"}), false),
         ] {
-            let found = names(&nodes[1..2], json!({"tolerations": [toleration]}));
+            let found = names(&nodes[2..3], json!({"tolerations": [toleration]}));
             assert_eq!(!found.is_empty(), fits, "{toleration}");
         }
     }
