@@ -122,6 +122,13 @@ async fn a_changed_network_plugin_is_a_reason_for_a_new_proof() -> Result<()> {
         let image = json!({"spec": {"template": {"spec": {"containers": [{"name": "agent", "image": "mayfly.test/none:2"}]}}}});
         api.patch("net", &PatchParams::default(), &Patch::Strategic(image)).await?;
     }
+    // It goes while this test is alone: that is a change as well.
+    api.delete("net", &DeleteParams::background()).await?;
+    eventually("a proof without it", PATIENCE, || async {
+        let nodes = stage.status().await?.isolation;
+        Ok((nodes.len() == 1 && !nodes[0].environment.contains("/net@") && nodes[0].starts.pods > 0).then_some(()))
+    })
+    .await?;
     stage.nothing_left(&pool).await?;
     stage.strike().await
 }

@@ -174,7 +174,12 @@ pub(crate) fn plan(input: &Input) -> Plan {
         plan.create = u32::try_from(missing.min(room)).unwrap_or(u32::MAX);
         // Jobs first: the nodes on which their pods will be are proved by these.
         if missing == 0 && waiting.iter().all(|pod| pod.place().is_some()) {
-            let to_prove = input.probe.iter().filter(|node| waiting.iter().all(|pod| pod.place() != Some(node)));
+            // One that goes makes way first: what it found, or that there was no room, is known then.
+            let there = |node: &String| {
+                let waits = |pod: &PodFacts| matches!(pod.role, Role::Waiting { .. });
+                input.pods.iter().any(|pod| waits(pod) && pod.place() == Some(node))
+            };
+            let to_prove = input.probe.iter().filter(|node| !there(node));
             plan.probe = to_prove.take(room).cloned().collect();
         }
     }

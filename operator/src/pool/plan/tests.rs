@@ -89,6 +89,7 @@ fn what_one_node_cannot_do_keeps_nothing_from_starting_elsewhere() {
     for (facts, told) in [(no_room, false), (late, true), (open, true)] {
         let plan = plan(&Input { probe: vec!["node2".to_owned()], ..input(10, vec![], vec![facts]) });
         assert_eq!((plan.delete[0].failure.is_some(), plan.delete[0].start_failure), (told, false));
+        assert_eq!(plan.probe.len(), 0, "not before it has gone");
     }
 }
 
