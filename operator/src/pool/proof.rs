@@ -167,10 +167,16 @@ impl PoolState {
         self.tried.insert(node.name.clone(), (now, node.environment.clone()));
         let before = self.isolation.get(&node.name).filter(|known| known.environment == node.environment);
         let starts = add(before.map(|known| known.starts).unwrap_or_default(), report.start);
-        let changed = before.is_none_or(|known| !same_verdicts(&known.classes, &classes));
-        let since = before.filter(|_| !changed).map_or_else(|| status::time(now), |known| known.since.clone());
-        let environment = node.environment.clone();
-        let entry = NodeIsolation { node: node.name.clone(), verdict, since, environment, classes, starts };
+        let same = before.filter(|known| same_verdicts(&known.classes, &classes));
+        let changed = same.is_none();
+        // What is no news keeps its words: which addresses answered differs from pod to pod, and would be written at every proof.
+        let entry = match same {
+            Some(known) => NodeIsolation { starts, ..known.clone() },
+            None => {
+                let (name, environment) = (node.name.clone(), node.environment.clone());
+                NodeIsolation { node: name, verdict, since: status::time(now), environment, classes, starts }
+            }
+        };
         self.isolation.insert(node.name.clone(), entry.clone());
         let registered = self.registered.get(pod).map(|runner| runner.since);
         let taken = match self.unproved(pod, registered, now) {
@@ -641,8 +647,10 @@ pub(super) mod tests {
     fn the_same_verdicts_are_no_news() {
         let mut state = asked(Enforcement::Require);
         assert!(state.take_report("p", &node1(), &report(), now()).1.is_some());
+        let before = state.isolation["node1"].clone();
         let mark = state.policies_mark().expect("a mark");
-        state.ask("p", challenge(), mark);
+        state.ask("p", Challenge { required: vec!["10.96.0.9:8443".parse().expect("an address")], ..challenge() }, mark);
         assert!(state.take_report("p", &node1(), &report(), now() + SignedDuration::from_secs(30)).1.is_none());
+        assert_eq!(state.isolation["node1"], before, "it would be written anew at every proof");
     }
 }
