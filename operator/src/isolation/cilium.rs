@@ -7,15 +7,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, OwnerReference};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, OwnerReference};
 use kube::CustomResource;
-use mayfly_crds::names::{LABEL_MANAGED_BY, LABEL_POOL, MANAGED_BY};
 use mayfly_crds::{Egress, EgressHost};
 use serde::{Deserialize, Serialize};
 
 use super::endpoints::Endpoints;
 use super::facts::ClusterFacts;
-use super::policies::ForgeAddress;
+use super::policies::{ForgeAddress, object_meta, pool_pods};
 
 /// Link-local ranges: metadata endpoints of most clouds, those that are not in the list included.
 const LINK_LOCAL: [&str; 2] = ["169.254.0.0/16", "fe80::/10"];
@@ -269,16 +268,9 @@ fn ports(ports: &[(&str, u16)]) -> Ports {
 }
 
 fn policy(pool: &str, namespace: &str, owner: &OwnerReference, purpose: &str, spec: CiliumNetworkPolicySpec) -> CiliumNetworkPolicy {
-    let pods = BTreeMap::from([(LABEL_POOL.to_owned(), pool.to_owned())]);
     CiliumNetworkPolicy {
-        metadata: ObjectMeta {
-            name: Some(format!("mayfly-{pool}-{purpose}")),
-            namespace: Some(namespace.to_owned()),
-            labels: Some(BTreeMap::from([(LABEL_MANAGED_BY.to_owned(), MANAGED_BY.to_owned()), (LABEL_POOL.to_owned(), pool.to_owned())])),
-            owner_references: Some(vec![owner.clone()]),
-            ..ObjectMeta::default()
-        },
-        spec: CiliumNetworkPolicySpec { endpoint_selector: LabelSelector { match_labels: Some(pods), ..LabelSelector::default() }, ..spec },
+        metadata: object_meta(pool, namespace, owner, purpose),
+        spec: CiliumNetworkPolicySpec { endpoint_selector: pool_pods(pool), ..spec },
     }
 }
 

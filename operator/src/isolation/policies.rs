@@ -123,24 +123,32 @@ fn policy(
     purpose: &str,
     egress: Option<Vec<NetworkPolicyEgressRule>>,
 ) -> NetworkPolicy {
-    let selects =
-        LabelSelector { match_labels: Some(BTreeMap::from([(LABEL_POOL.to_owned(), pool.to_owned())])), ..LabelSelector::default() };
     let types: &[&str] = if egress.is_some() { &["Egress"] } else { &["Ingress", "Egress"] };
     NetworkPolicy {
-        metadata: ObjectMeta {
-            name: Some(format!("mayfly-{pool}-{purpose}")),
-            namespace: Some(namespace.to_owned()),
-            labels: Some(BTreeMap::from([(LABEL_MANAGED_BY.to_owned(), MANAGED_BY.to_owned()), (LABEL_POOL.to_owned(), pool.to_owned())])),
-            owner_references: Some(vec![owner.clone()]),
-            ..ObjectMeta::default()
-        },
+        metadata: object_meta(pool, namespace, owner, purpose),
         spec: Some(NetworkPolicySpec {
-            pod_selector: Some(selects),
+            pod_selector: Some(pool_pods(pool)),
             policy_types: Some(types.iter().map(|t| (*t).to_owned()).collect()),
             egress,
             ingress: None,
         }),
     }
+}
+
+/// What every policy of a pool is called and marked with, in whichever dialect.
+pub(super) fn object_meta(pool: &str, namespace: &str, owner: &OwnerReference, purpose: &str) -> ObjectMeta {
+    ObjectMeta {
+        name: Some(format!("mayfly-{pool}-{purpose}")),
+        namespace: Some(namespace.to_owned()),
+        labels: Some(BTreeMap::from([(LABEL_MANAGED_BY.to_owned(), MANAGED_BY.to_owned()), (LABEL_POOL.to_owned(), pool.to_owned())])),
+        owner_references: Some(vec![owner.clone()]),
+        ..ObjectMeta::default()
+    }
+}
+
+/// The pods of a pool.
+pub(super) fn pool_pods(pool: &str) -> LabelSelector {
+    LabelSelector { match_labels: Some(BTreeMap::from([(LABEL_POOL.to_owned(), pool.to_owned())])), ..LabelSelector::default() }
 }
 
 fn rule(to: Vec<NetworkPolicyPeer>, ports: &[(&str, u16)]) -> NetworkPolicyEgressRule {
