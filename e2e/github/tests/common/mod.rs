@@ -1,0 +1,107 @@
+//! What the tests share: a simulator in this process, and stand-in runners beside it.
+
+#![allow(dead_code, reason = "each test program uses its part")]
+
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::Duration;
+
+use mayfly_github_simulator::client::Simulator;
+use mayfly_github_simulator::control::NewRepository;
+use mayfly_github_simulator::model::Settings;
+use mayfly_github_simulator::server::{Config, Server};
+use serde_json::{Value, json};
+use tokio::task::JoinHandle;
+
+/// Longest time for anything.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A simulator with the repository `acme/widgets`.
+pub async fn start(settings: Settings) -> (Server, Simulator) {
+    let server = Server::start(Config { settings, ..Config::default() }).await.unwrap();
+    let simulator = Simulator::new(&server.url, b"");
+    simulator.repository(&NewRepository { owner: "acme".into(), name: "widgets".into(), ..NewRepository::default() }).await.unwrap();
+    (server, simulator)
+}
+
+/// Settings with which nothing takes long.
+pub fn quick() -> Settings {
+    Settings { poll: 2.0, ..Settings::default() }
+}
+
+/// What a stand-in runner did.
+pub struct Ran {
+    pub code: i32,
+    pub output: String,
+}
+
+/// A folder that goes with its value.
+pub struct Folder(pub PathBuf);
+
+impl Folder {
+    pub fn new() -> Self {
+        let folder = std::env::temp_dir().join(format!("mayfly-github-{}", mayfly_github_simulator::keys::uuid()));
+        std::fs::create_dir_all(&folder).unwrap();
+        Self(folder)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Runs a stand-in runner with this configuration, given by its environment.
+pub fn runner(configuration: &str, environment: &[(&str, &str)]) -> JoinHandle<Ran> {
+    let mut command = tokio_command(env!("CARGO_BIN_EXE_runner-stand-in"));
+    command.env("ACTIONS_RUNNER_INPUT_JITCONFIG", configuration);
+    for (name, value) in environment {
+        command.env(name, value);
+    }
+    tokio::task::spawn_blocking(move || {
+        let folder = Folder::new();
+        let output = command.arg("--root").arg(&folder.0).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        Ran { code: output.status.code().unwrap_or(-1), output: text }
+    })
+}
+
+fn tokio_command(program: &str) -> std::process::Command {
+    let mut command = std::process::Command::new(program);
+    command.stdin(Stdio::null());
+    command
+}
+
+/// A plain HTTP call; status and JSON.
+pub async fn call(method: &str, url: &str, authorization: &str, body: &Value) -> (u16, Value) {
+    let request = ureq::http::Request::builder()
+        .method(method)
+        .uri(url)
+        .header("authorization", authorization)
+        .header("content-type", "application/json")
+        .body(if body.is_null() { Vec::new() } else { body.to_string().into_bytes() })
+        .unwrap();
+    tokio::task::spawn_blocking(move || {
+        let agent = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .allow_non_standard_methods(true)
+            .timeout_global(Some(PATIENCE))
+            .build()
+            .new_agent();
+        let mut response = agent.run(request).unwrap();
+        let text = response.body_mut().read_to_string().unwrap();
+        (response.status().as_u16(), serde_json::from_str(&text).unwrap_or(Value::String(text)))
+    })
+    .await
+    .unwrap()
+}
+
+/// A JIT configuration of the REST API, for the organization `acme`.
+pub async fn jit(simulator: &Simulator, token: &str, name: &str, label: &str) -> String {
+    let url = format!("{}/api/v3/orgs/acme/actions/runners/generate-jitconfig", simulator.url());
+    let (status, made) =
+        call("POST", &url, &format!("Bearer {token}"), &json!({"name": name, "runner_group_id": 1, "labels": [label]})).await;
+    assert_eq!(status, 201, "{made}");
+    made["encoded_jit_config"].as_str().unwrap().to_owned()
+}
