@@ -46,7 +46,7 @@ async fn whole(flow: Flow) {
     let client = Client::builder(format!("{}/acme", server.url), credentials).allow_http(true).build().unwrap();
     let group = client.get_runner_group_by_name("Default").await.unwrap().unwrap();
     assert_eq!(group.id, RunnerGroupId::DEFAULT);
-    assert!(client.get_runner_scale_set(group.id, "linux").await.unwrap().is_none());
+    assert!(client.get_runner_scale_set_by_name(group.id, "linux").await.unwrap().is_none());
     let spec = RunnerScaleSetSpec::new("linux").labels(["linux", "big"]).disable_update(true);
     let set = client.create_runner_scale_set(&spec).await.unwrap();
     assert_eq!(set.labels.len(), 2);

@@ -131,8 +131,8 @@ fn execute(forge: &Arc<Forge>, session: &str, request: &Value, message: &Value, 
     log.line(&format!("{} Running job: {name}", Timestamp::now()));
     let helpers = [
         thread::spawn({
-            let (forge, job, done) = (forge.clone(), job.clone(), done.clone());
-            move || renew(&forge, &job, &done)
+            let (forge, job, done, cancelled) = (forge.clone(), job.clone(), done.clone(), cancelled.clone());
+            move || renew(&forge, &job, &done, &cancelled)
         }),
         thread::spawn({
             let (forge, log, job, done) = (forge.clone(), log.clone(), job.clone(), done.clone());
@@ -164,7 +164,7 @@ fn execute(forge: &Arc<Forge>, session: &str, request: &Value, message: &Value, 
     }
 }
 
-fn renew(forge: &Forge, job: &protocol::Job, done: &AtomicBool) {
+fn renew(forge: &Forge, job: &protocol::Job, done: &AtomicBool, cancelled: &AtomicBool) {
     let mut pause = job.lock / 2;
     while !done.load(Ordering::Relaxed) {
         let begun = Instant::now();
@@ -174,7 +174,15 @@ fn renew(forge: &Forge, job: &protocol::Job, done: &AtomicBool) {
             }
             thread::sleep(Duration::from_millis(20));
         }
-        pause = forge.renew(job).map_or(Duration::from_secs(1), |lock| lock / 2);
+        pause = match forge.renew(job) {
+            Ok(lock) => lock / 2,
+            Err(Failure::Refused(_)) => {
+                // The job is not this runner's any more.
+                cancelled.store(true, Ordering::Relaxed);
+                RENEWAL
+            }
+            Err(_) => Duration::from_secs(1),
+        };
     }
 }
 

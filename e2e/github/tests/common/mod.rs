@@ -14,10 +14,10 @@ use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
 /// Longest time for anything.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A simulator with the repository `acme/widgets`.
-pub async fn start(settings: Settings) -> (Server, Simulator) {
+pub(crate) async fn start(settings: Settings) -> (Server, Simulator) {
     let server = Server::start(Config { settings, ..Config::default() }).await.unwrap();
     let simulator = Simulator::new(&server.url, b"");
     simulator.repository(&NewRepository { owner: "acme".into(), name: "widgets".into(), ..NewRepository::default() }).await.unwrap();
@@ -25,21 +25,21 @@ pub async fn start(settings: Settings) -> (Server, Simulator) {
 }
 
 /// Settings with which nothing takes long.
-pub fn quick() -> Settings {
+pub(crate) fn quick() -> Settings {
     Settings { poll: 2.0, ..Settings::default() }
 }
 
 /// What a stand-in runner did.
-pub struct Ran {
-    pub code: i32,
-    pub output: String,
+pub(crate) struct Ran {
+    pub(crate) code: i32,
+    pub(crate) output: String,
 }
 
 /// A folder that goes with its value.
-pub struct Folder(pub PathBuf);
+pub(crate) struct Folder(pub(crate) PathBuf);
 
 impl Folder {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let folder = std::env::temp_dir().join(format!("mayfly-github-{}", mayfly_github_simulator::keys::uuid()));
         std::fs::create_dir_all(&folder).unwrap();
         Self(folder)
@@ -53,7 +53,7 @@ impl Drop for Folder {
 }
 
 /// Runs a stand-in runner with this configuration, given by its environment.
-pub fn runner(configuration: &str, environment: &[(&str, &str)]) -> JoinHandle<Ran> {
+pub(crate) fn runner(configuration: &str, environment: &[(&str, &str)]) -> JoinHandle<Ran> {
     let mut command = tokio_command(env!("CARGO_BIN_EXE_runner-stand-in"));
     command.env("ACTIONS_RUNNER_INPUT_JITCONFIG", configuration);
     for (name, value) in environment {
@@ -74,7 +74,7 @@ fn tokio_command(program: &str) -> std::process::Command {
 }
 
 /// A plain HTTP call; status and JSON.
-pub async fn call(method: &str, url: &str, authorization: &str, body: &Value) -> (u16, Value) {
+pub(crate) async fn call(method: &str, url: &str, authorization: &str, body: &Value) -> (u16, Value) {
     let request = ureq::http::Request::builder()
         .method(method)
         .uri(url)
@@ -98,7 +98,7 @@ pub async fn call(method: &str, url: &str, authorization: &str, body: &Value) ->
 }
 
 /// A JIT configuration of the REST API, for the organization `acme`.
-pub async fn jit(simulator: &Simulator, token: &str, name: &str, label: &str) -> String {
+pub(crate) async fn jit(simulator: &Simulator, token: &str, name: &str, label: &str) -> String {
     let url = format!("{}/api/v3/orgs/acme/actions/runners/generate-jitconfig", simulator.url());
     let (status, made) =
         call("POST", &url, &format!("Bearer {token}"), &json!({"name": name, "runner_group_id": 1, "labels": [label]})).await;
