@@ -36,6 +36,10 @@ pub mod reasons {
     pub const UNAUTHORIZED: &str = "Unauthorized";
     /// The organization or repository does not exist, or the token may not see it.
     pub const SCOPE_NOT_FOUND: &str = "ScopeNotFound";
+    /// At the forge, others may use the pool's runners than the pool says.
+    pub const RUNNER_GROUP_TOO_OPEN: &str = "RunnerGroupTooOpen";
+    /// The forge answers to a personal access token.
+    pub const PERSONAL_ACCESS_TOKEN: &str = "PersonalAccessToken";
     /// The forge answered something that Mayfly does not understand.
     pub const UNEXPECTED_ANSWER: &str = "UnexpectedAnswer";
     /// Pods could not be started; the message says why.

@@ -66,12 +66,11 @@ pub struct RunnerPoolSpec {
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = Rule::new("has(self.gitea) != has(self.github)").message("name exactly one forge: gitea or github"))]
-#[x_kube(validation = Rule::new("!has(self.github)").message("forge.github is not served by this version of Mayfly: use forge.gitea"))]
 pub struct Forge {
     /// A Gitea server.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gitea: Option<Gitea>,
-    /// GitHub. Not served yet: the API server refuses it, so that nobody waits for runners that never come.
+    /// GitHub: github.com, GHE.com or a GitHub Enterprise Server.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub github: Option<Github>,
 }
@@ -123,14 +122,79 @@ pub struct GiteaScope {
 #[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 pub struct Instance {}
 
-/// GitHub. Not served yet.
+/// A runner scale set of GitHub's (github.com, GHE.com, GitHub Enterprise Server 3.9 or later).
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("has(self.app) != has(self.tokenSecretRef)").message("name exactly one credential: app or tokenSecretRef"))]
+pub struct Github {
+    /// Address of the enterprise, organization or repository: `https://github.com/acme`, `https://github.com/acme/web` or
+    /// `https://github.com/enterprises/acme`, or the same on another host. Immutable: make a new pool instead.
+    #[schemars(length(max = 512), regex(pattern = r"^https?://[A-Za-z0-9.:-]+/[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?/?$"))]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("forge.github.url cannot be changed: make a new RunnerPool"))]
+    pub url: String,
+    /// The GitHub App that is installed there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub app: Option<GithubApp>,
+    /// A personal access token, in a Secret of the operator's namespace with the annotations that `app.privateKeySecretRef` needs. It is a
+    /// person's and lives long: an App is better, and the condition `ForgeReachable` says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token_secret_ref: Option<SecretKeyRef>,
+    /// In which runner group the scale set is. A repository's scale sets are in none.
+    #[serde(default)]
+    pub runner_group: GithubRunnerGroup,
+    /// The scale set, which the operator makes and, with the pool, removes.
+    #[serde(default)]
+    pub scale_set: GithubScaleSet,
+    /// Secret of the `workflow_job` webhook, in the operator's namespace and with the same annotations. Messages of the scale set come
+    /// without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub webhook_secret_ref: Option<SecretKeyRef>,
+}
+
+/// An installed GitHub App.
 #[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
-pub struct Github {
-    /// URL of the enterprise, organization or repository.
+pub struct GithubApp {
+    /// Client id of the App, as its settings show it; its number is taken as well.
+    #[schemars(length(min = 1, max = 64), regex(pattern = r"^[A-Za-z0-9._-]+$"))]
+    pub client_id: String,
+    /// Number of the installation, as its address shows it.
+    #[schemars(range(min = 1))]
+    pub installation_id: u64,
+    /// The App's private key, PEM: a Secret in the operator's namespace, never in the pool's. The Secret says itself who may use it, in its
+    /// annotations `mayfly.dev/forge` (the pool's url) and `mayfly.dev/pool-namespaces` (this pool's namespace, or a pattern of it).
+    pub private_key_secret_ref: SecretKeyRef,
+}
+
+/// A runner group, and how open it may be.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct GithubRunnerGroup {
+    /// Its name. Without one, the default group, which has to be allowed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64), regex(pattern = r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$"))]
+    pub name: Option<String>,
+    /// Serve a group that every repository of the organization may use, those to come included.
     #[serde(default)]
-    #[schemars(length(max = 512))]
-    pub url: String,
+    pub allow_default_group: bool,
+    /// Serve public repositories, in which anybody may open a pull request.
+    #[serde(default)]
+    pub allow_public_repositories: bool,
+}
+
+/// A runner scale set.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct GithubScaleSet {
+    /// Its name, which workflows may name in `runs-on`. Default: the pool's name. Immutable.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64), regex(pattern = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"))]
+    #[x_kube(validation = Rule::new("self == oldSelf").message("forge.github.scaleSet.name cannot be changed: make a new RunnerPool"))]
+    pub name: Option<String>,
+    /// Further labels for `runs-on`. GitHub Enterprise Server takes them from 3.21 on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 32), inner(length(max = 63), regex(pattern = r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")))]
+    pub labels: Vec<String>,
 }
 
 /// One key of a Secret in the operator's namespace.
@@ -211,7 +275,7 @@ pub enum Forks {
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 pub struct Runner {
-    /// Image with the forge's runner program. Default: the operator's `--runner-image`.
+    /// Image with the forge's runner program. Default: the operator's `--runner-image` or `--github-runner-image`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 512), regex(pattern = r"^[A-Za-z0-9][A-Za-z0-9._:/@-]*$"))]
     pub image: Option<String>,
@@ -427,6 +491,9 @@ pub struct RunnerPoolStatus {
     /// The forge and scope in one line.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub scope: String,
+    /// The scale set at GitHub.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scale_set: Option<ScaleSetStatus>,
     /// Numbers at the last pass.
     #[serde(default)]
     pub counts: Counts,
@@ -439,6 +506,19 @@ pub struct RunnerPoolStatus {
     /// The last runner that ended other than by finishing its job.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_failure: Option<Failure>,
+}
+
+/// A scale set at GitHub, and the session in which its messages come: a process that takes over goes on with it.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct ScaleSetStatus {
+    /// GitHub's number of it.
+    pub id: u64,
+    /// Its name.
+    pub name: String,
+    /// The open session. It is worth nothing without the pool's credential.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session_id: Option<String>,
 }
 
 /// Numbers at the last pass.

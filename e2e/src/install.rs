@@ -18,8 +18,12 @@ const REGISTRY: &str = "mayfly.test";
 /// The cluster tool's name for the runner's image.
 const RUNNER_IMAGE: &str = "image-gitea-runner";
 
-/// An image: where its Dockerfile is, and the program it holds.
-const IMAGES: [(&str, &str, &str); 2] = [("operator", "mayfly", "operator"), ("gate", "mayfly-gate", "gate")];
+/// An image: where its Dockerfile is, the program it holds, and its name.
+const IMAGES: [(&str, &str, &str); 3] = [
+    ("operator", "mayfly", "operator"),
+    ("gate", "mayfly-gate", "gate"),
+    ("e2e/images/github-runner-stand-in", "runner-stand-in", "github-runner-stand-in"),
+];
 
 /// Builds the operator's and the gate's images from the binaries beside this program, puts them into the node, and installs the
 /// charts. Quick when nothing changed. Returns when the operator is ready.
@@ -36,7 +40,7 @@ pub fn install(cluster: &Cluster, progress: &Progress) -> Result<()> {
         tags.push(image(cluster, progress, folder, program, name)?);
     }
     let step = progress.step("operator");
-    let [operator, gate] = tags.as_slice() else { bail!("two images were expected") };
+    let [operator, gate, stand_in] = tags.as_slice() else { bail!("three images were expected") };
     let charts = repository().join("charts");
     helm(cluster, &["mayfly-crds".into(), charts.join("mayfly-crds").display().to_string()], &[])?;
     let values = [
@@ -47,6 +51,9 @@ pub fn install(cluster: &Cluster, progress: &Progress) -> Result<()> {
         format!("gate.tag={gate}"),
         format!("runner.repository={REGISTRY}/gitea-runner"),
         "runner.tag=dev".to_owned(),
+        // GitHub's own runner talks to GitHub alone.
+        format!("githubRunner.repository={REGISTRY}/github-runner-stand-in"),
+        format!("githubRunner.tag={stand_in}"),
         "runnerPodPullPolicy=Never".to_owned(),
     ];
     helm(cluster, &["mayfly".into(), charts.join("mayfly").display().to_string()], &values)?;
@@ -105,7 +112,7 @@ fn image(cluster: &Cluster, progress: &Progress, folder: &str, program: &str, na
         fs::copy(&binary, &copy)?;
     }
     let dockerfile = repository().join(folder);
-    let recipe = Recipe::new(Path::new(&dockerfile), vec![context], Some(&format!("{REGISTRY}/{name}:{tag}")))?;
+    let recipe = Recipe::new(Path::new(&dockerfile), vec![context, dockerfile.clone()], Some(&format!("{REGISTRY}/{name}:{tag}")))?;
     let image = recipe.build(cluster.layout(), progress)?;
     cluster.load_image(&image.archive)?;
     Ok(tag)

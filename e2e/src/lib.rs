@@ -1,6 +1,7 @@
 //! Mayfly against a real cluster and a real forge: what the demo, the end-to-end tests and the benchmarks share.
 
 pub mod forge;
+pub mod github;
 pub mod install;
 pub mod leak;
 pub mod pool;

@@ -78,18 +78,24 @@ pub async fn meant_for(world: &World, organization: &Organization, url: &str) ->
 /// The manifest of a pool that serves an organization with the label `linux`; `change` may change it before it is applied.
 pub fn manifest(world: &World, namespace: &str, name: &str, organization: &Organization, change: impl FnOnce(&mut Value)) -> Value {
     let secret = format!("forge-{}", organization.name);
+    let forge = json!({"gitea": {
+        "url": world.access.url,
+        "scope": {"organization": organization.name},
+        "tokenSecretRef": {"name": secret},
+        "webhookSecretRef": {"name": secret, "key": "webhook"},
+        "labels": ["linux"],
+    }});
+    manifest_of(forge, namespace, name, change)
+}
+
+/// The manifest of a pool of this forge, with what all of them have in common.
+pub fn manifest_of(forge: Value, namespace: &str, name: &str, change: impl FnOnce(&mut Value)) -> Value {
     let mut pool = json!({
         "apiVersion": "mayfly.dev/v1alpha1",
         "kind": "RunnerPool",
         "metadata": {"name": name, "namespace": namespace},
         "spec": {
-            "forge": {"gitea": {
-                "url": world.access.url,
-                "scope": {"organization": organization.name},
-                "tokenSecretRef": {"name": secret},
-                "webhookSecretRef": {"name": secret, "key": "webhook"},
-                "labels": ["linux"],
-            }},
+            "forge": forge,
             "scale": {"max": 4},
             "runner": {"resources": {"requests": {"cpu": "50m", "memory": "64Mi"}, "limits": {"cpu": "1", "memory": "512Mi", "ephemeral-storage": "1Gi"}}},
         },

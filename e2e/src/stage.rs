@@ -57,6 +57,11 @@ pub async fn turn() -> OwnedRwLockReadGuard<()> {
     OPERATOR.clone().read_owned().await
 }
 
+/// Waits until nobody uses what all share, and keeps it alone. For a test without a stage; the turn ends when it is dropped.
+pub async fn alone() -> OwnedRwLockWriteGuard<()> {
+    OPERATOR.clone().write_owned().await
+}
+
 impl Stage {
     /// Sets the stage: no pool yet.
     ///

@@ -81,6 +81,20 @@ impl World {
         Ok(self.cluster.layout().log(&name))
     }
 
+    /// Kills the first process of a pod's first container from the node, as the kernel does when memory is short. Takes a cluster of this
+    /// machine.
+    ///
+    /// # Errors
+    /// When the container does not run.
+    pub fn kill_container(&self, pod: &Pod) -> Result<()> {
+        let status = pod.status.as_ref().and_then(|status| status.container_statuses.as_ref()?.first()).context("a container")?;
+        let id = status.container_id.as_deref().and_then(|id| id.strip_prefix("containerd://")).context("its id")?;
+        let layout = self.cluster.layout();
+        let mut ctr = std::process::Command::new(layout.bin("ctr"));
+        ctr.arg("--address").arg(layout.containerd_socket()).args(["--namespace", "k8s.io", "tasks", "kill", "--signal", "SIGKILL", id]);
+        run(&mut ctr)
+    }
+
     /// Runs a command of the runner's image in a pod that no policy selects, until it has said `last`; returns what it said. What does
     /// not answer there shows nothing by being silent elsewhere.
     ///

@@ -56,22 +56,13 @@ async fn a_killed_runner_leaves_nothing_and_is_told() -> Result<()> {
     let pool = stage.pool(|_| {}).await?;
     let (job, pod) = running_job(&stage).await?;
     // The first process of a container cannot be killed from within: the node does it, as the kernel does when memory is short.
-    kill_container(&stage, &pod)?;
+    stage.world.kill_container(&pod)?;
     let told = stage.event("Error").await?;
     ensure!(told.contains("exit code 137"), "{told}");
     stage.nothing_left(&pool).await?;
     // The forge was told: the job does not hang until the forge grows suspicious.
     assert_eq!(stage.job_is("app", job, "completed").await?.conclusion, "failure");
     stage.strike().await
-}
-
-fn kill_container(stage: &Stage, pod: &Pod) -> Result<()> {
-    let status = pod.status.as_ref().and_then(|status| status.container_statuses.as_ref()?.first()).context("a container")?;
-    let id = status.container_id.as_deref().and_then(|id| id.strip_prefix("containerd://")).context("its id")?;
-    let layout = stage.world.cluster.layout();
-    let mut ctr = std::process::Command::new(layout.bin("ctr"));
-    ctr.arg("--address").arg(layout.containerd_socket()).args(["--namespace", "k8s.io", "tasks", "kill", "--signal", "SIGKILL", id]);
-    mayfly_cluster::command::run(&mut ctr)
 }
 
 #[tokio::test(flavor = "multi_thread")]

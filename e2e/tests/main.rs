@@ -11,6 +11,7 @@ mod proves_isolation;
 mod refuses_input;
 mod refuses_jobs;
 mod runs_jobs;
+mod serves_github;
 mod settles;
 mod stays_in_its_pod;
 mod without_engine;

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -10,11 +12,16 @@ use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
-use kube::api::{ApiResource, DeleteParams, DynamicObject, GroupVersionKind, ListParams, Patch, PatchParams, PostParams};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::api::{
+    ApiResource, DeleteParams, DynamicObject, GroupVersionKind, ListParams, Patch, PatchParams, PostParams, ValidationDirective,
+};
 use kube::{Api, Client, ResourceExt};
 use mayfly_cluster::World as Place;
+use mayfly_cluster::command::output;
 use mayfly_crds::IsolationVerdict;
 use mayfly_crds::names::ANNOTATION_JOB;
+use mayfly_e2e::install::helm_command;
 use mayfly_e2e::stage::{PATIENCE, POOL, Stage, said, workflow};
 use mayfly_e2e::wait::eventually;
 use mayfly_e2e::world::{built, repository};
@@ -465,4 +472,49 @@ async fn whom_pods_are_told_to_ask_for_names_is_open() -> Result<()> {
     ensure!(rule["ports"].as_array().is_some_and(|ports| ports.iter().all(|port| port["port"] == 53)), "{policy}");
     stage.nothing_left(&pool).await?;
     stage.strike().await
+}
+
+/// No engine here serves ClusterNetworkPolicies: what can be shown is that the chart applies its object where the API server has the kind,
+/// and that the kind's own definition takes all of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_denial_of_cluster_scope_is_taken_by_its_definition() -> Result<()> {
+    let world = World::connect().await?;
+    let mut download = Command::new("go");
+    download.args(["mod", "download", "-json", "sigs.k8s.io/network-policy-api"]).current_dir(repository().join("e2e/tools/policy-api"));
+    let module: Value = serde_json::from_str(&output(&mut download)?)?;
+    let folder = Path::new(module["Dir"].as_str().context("the module's folder")?).join("config/crd/standard");
+    let file = folder.join("policy.networking.k8s.io_clusternetworkpolicies.yaml");
+
+    let render = |versions: &[&str]| {
+        let mut helm = helm_command(&world.cluster)?;
+        helm.args(["template", "mayfly"]).arg(repository().join("charts/mayfly")).args(["--show-only", "templates/cluster-denial.yaml"]);
+        for version in versions {
+            helm.args(["--api-versions", version]);
+        }
+        output(&mut helm)
+    };
+    ensure!(render(&[]).is_err(), "nothing of it without the kind");
+    let calico: Value = serde_saphyr::from_str(&render(&["projectcalico.org/v3/GlobalNetworkPolicy"])?)?;
+    ensure!(calico["kind"] == "GlobalNetworkPolicy", "{calico}");
+    let denial: Value = serde_saphyr::from_str(&render(&["policy.networking.k8s.io/v1alpha2/ClusterNetworkPolicy"])?)?;
+
+    let crds: Api<CustomResourceDefinition> = Api::all(world.client.clone());
+    let crd: CustomResourceDefinition = serde_saphyr::from_str(&std::fs::read_to_string(&file)?)?;
+    let name = crd.name_any();
+    crds.patch(&name, &PatchParams::apply("mayfly-e2e").force(), &Patch::Apply(&crd)).await?;
+    let kind = GroupVersionKind::gvk("policy.networking.k8s.io", "v1alpha2", "ClusterNetworkPolicy");
+    let api: Api<DynamicObject> = Api::all_with(world.client.clone(), &ApiResource::from_gvk_with_plural(&kind, "clusternetworkpolicies"));
+    let stored = eventually("the API server takes the denial", PATIENCE, || async {
+        let params = PatchParams { dry_run: true, field_validation: Some(ValidationDirective::Strict), ..PatchParams::apply("mayfly-e2e") };
+        match api.patch("mayfly-metadata", &params, &Patch::Apply(&denial)).await {
+            Ok(stored) => Ok(Some(stored)),
+            // The kind is not served yet.
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    })
+    .await?;
+    crds.delete(&name, &DeleteParams::default()).await?;
+    ensure!(stored.data["spec"] == denial["spec"], "nothing of it is dropped: {}", stored.data);
+    Ok(())
 }

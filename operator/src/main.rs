@@ -24,6 +24,7 @@ async fn main() -> Result<()> {
             runtime::run_controller(args.settings()?).await
         }
         Command::Crd => cli::print_crds(),
+        Command::ClusterDenial { dialect } => cli::print_cluster_denial(dialect),
         Command::Completions { shell } => {
             cli::print_completions(shell);
             Ok(())

@@ -35,3 +35,8 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- range $key, $value := . -}}{{- $pairs = append $pairs (printf "%s=%s" $key $value) -}}{{- end -}}
 {{- join "," $pairs -}}
 {{- end -}}
+
+{{/* Whether to apply an object of cluster scope: what was asked for, and the kind that it takes. */}}
+{{- define "mayfly.applies" -}}
+{{- if or (eq .asked "Always") (and (eq .asked "Auto") (.root.Capabilities.APIVersions.Has .kind)) -}}yes{{- end -}}
+{{- end -}}

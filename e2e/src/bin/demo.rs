@@ -7,17 +7,19 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 use futures::{StreamExt, TryStreamExt};
 use k8s_openapi::api::core::v1::Pod;
 use kube::runtime::watcher::{Config, Event, watcher};
 use kube::{Api, ResourceExt};
-use mayfly_cluster::forge::{Job, Scope};
+use mayfly_cluster::forge::Scope;
 use mayfly_cluster::{Cluster, Options, Progress, Provider, World as Place};
+use mayfly_crds::RunnerPool;
 use mayfly_crds::names::{ANNOTATION_JOB, LABEL_POOL};
 use mayfly_e2e::forge::Organization;
 use mayfly_e2e::wait::eventually;
-use mayfly_e2e::{World, install, pool};
+use mayfly_e2e::{World, github, install, pool};
+use mayfly_github_simulator::control::JobView;
 
 const ORGANIZATION: &str = "demo";
 const REPOSITORY: &str = "hello";
@@ -30,8 +32,17 @@ const WORKFLOW: &str = include_str!("../../demo/hello.yml");
 #[derive(Parser)]
 #[command(version, about)]
 struct Arguments {
+    /// The forge that queues the job. GitHub is a simulator here, and its runner a stand-in.
+    #[arg(long, env = "FORGE", value_enum, default_value_t = ForgeName::Gitea)]
+    forge: ForgeName,
     #[command(subcommand)]
     command: Option<Command>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ForgeName {
+    Gitea,
+    Github,
 }
 
 #[derive(Subcommand)]
@@ -46,9 +57,10 @@ enum Command {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let result = match Arguments::parse().command {
+    let arguments = Arguments::parse();
+    let result = match arguments.command {
         Some(Command::Decoy { address }) => decoy(&address),
-        None => demo().await,
+        None => demo(arguments.forge).await,
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -59,7 +71,7 @@ async fn main() -> ExitCode {
     }
 }
 
-async fn demo() -> Result<()> {
+async fn demo(forge: ForgeName) -> Result<()> {
     let progress = Progress::stderr();
     let cluster = Cluster::up(Options::default(), &progress)?;
     install::install(&cluster, &progress)?;
@@ -71,49 +83,146 @@ async fn demo() -> Result<()> {
     }
 
     let step = progress.step("forge and pool");
-    let organization = Organization::create(&world, ORGANIZATION)?;
-    let forge = organization.client(&world);
-    forge.create_repo(ORGANIZATION, REPOSITORY, false)?;
     pool::namespace(&world, NAMESPACE).await?;
-    pool::secret(&world, &organization, NAMESPACE).await?;
-    let served = pool::apply(&world, &pool::manifest(&world, NAMESPACE, POOL, &organization, |_| {})).await?;
-    let hook = install::webhook_url(&cluster, NAMESPACE, POOL)?;
-    replace_hook(&forge, &hook, &organization.webhook_secret)?;
+    let stand = match forge {
+        ForgeName::Gitea => Stand::gitea(&world).await?,
+        ForgeName::Github => Stand::github(&world).await?,
+    };
     pool::condition(&world, NAMESPACE, POOL, "Ready", "True").await?;
     step.done("RunnerPool mayfly-demo/demo is Ready");
 
-    let seen: BTreeSet<i64> = forge.jobs(&Scope::repository(ORGANIZATION, REPOSITORY), None)?.iter().map(|job| job.id).collect();
+    let seen: BTreeSet<i64> = stand.jobs().await?.iter().map(|job| job.id).collect();
     let story = Story { began: Instant::now() };
-    let stamp = format!("# pushed by the demo {}\n", mayfly_cluster::command::random_hex(4)?);
-    forge.put_file(ORGANIZATION, REPOSITORY, "main", ".gitea/workflows/hello.yml", format!("{stamp}{WORKFLOW}").as_bytes(), "Say hello")?;
-    story.tell("pushed .gitea/workflows/hello.yml to demo/hello");
+    story.tell(&stand.push().await?);
 
     let watching = tokio::spawn(watch_pods(world.clone(), story));
-    let jobs = follow(&forge, &seen, &story).await?;
+    let jobs = follow(&stand, &seen, &story).await?;
     let log = eventually("the log of the job", Duration::from_secs(20), || async {
-        let log = forge.job_log(ORGANIZATION, REPOSITORY, jobs[0].id)?;
+        let log = stand.log(jobs[0].id).await?;
         Ok(log.contains("hello is done").then_some(log))
     })
     .await?;
-    pool::nothing_left(&world, ORGANIZATION, &served).await?;
+    stand.nothing_left(&world).await?;
     story.tell("no pod and no registration is left");
     watching.abort();
 
     say("\n--- what the job saw -------------------------------------------------------");
-    for line in log.lines().filter_map(|line| line.split_once("| ")).map(|(_, text)| text) {
-        say(line);
-    }
+    // Lines begin with a time. Some runners tell the script as well, whose lines begin otherwise.
+    let said: Vec<&str> = log.lines().filter_map(|line| line.split_once(' ')?.1.trim_start().strip_prefix("| ")).collect();
+    let said = said.join("\n");
+    say(&said);
     say("-----------------------------------------------------------------------------");
-    check_log(&log)?;
-    look_around(&world);
+    check_log(&said)?;
+    look_around(&world, &stand);
 
     let pods = pool::pods(&world, NAMESPACE, POOL).await?.len();
-    let registrations = pool::registrations(&world.forge, ORGANIZATION, &served)?.len();
+    let registrations = stand.registrations(&world).await?;
     let ran = jobs.iter().filter(|job| job.conclusion == "success").count();
     say(&format!("demo: {ran} jobs ran, {pods} pods left, {registrations} registrations left"));
     ensure!(ran == jobs.len() && ran > 0, "{} of {} jobs succeeded", ran, jobs.len());
     ensure!(pods == 0 && registrations == 0, "something is left");
     Ok(())
+}
+
+/// The forge of the story, with its organization and the pool that serves it.
+enum Stand {
+    Gitea { forge: mayfly_cluster::Forge, served: Box<RunnerPool> },
+    Github { organization: github::Organization, served: Box<RunnerPool> },
+}
+
+/// A job as the story tells of it.
+struct Seen {
+    id: i64,
+    name: String,
+    status: String,
+    conclusion: String,
+}
+
+impl Stand {
+    async fn gitea(world: &World) -> Result<Self> {
+        let organization = Organization::create(world, ORGANIZATION)?;
+        let forge = organization.client(world);
+        forge.create_repo(ORGANIZATION, REPOSITORY, false)?;
+        pool::secret(world, &organization, NAMESPACE).await?;
+        let manifest = pool::manifest(world, NAMESPACE, POOL, &organization, |_| {});
+        let served = Box::new(apply(world, &manifest).await?);
+        let hook = install::webhook_url(&world.cluster, NAMESPACE, POOL)?;
+        replace_hook(&forge, &hook, &organization.webhook_secret)?;
+        Ok(Self::Gitea { forge, served })
+    }
+
+    async fn github(world: &World) -> Result<Self> {
+        let organization = github::Organization::create(world, ORGANIZATION, REPOSITORY).await?;
+        organization.secret(world, NAMESPACE).await?;
+        let served = Box::new(apply(world, &organization.manifest(NAMESPACE, POOL, |_| {})).await?);
+        Ok(Self::Github { organization, served })
+    }
+
+    async fn push(&self) -> Result<String> {
+        match self {
+            Self::Gitea { forge, .. } => {
+                let stamp = format!("# pushed by the demo {}\n", mayfly_cluster::command::random_hex(4)?);
+                let content = format!("{stamp}{WORKFLOW}");
+                forge.put_file(ORGANIZATION, REPOSITORY, "main", ".gitea/workflows/hello.yml", content.as_bytes(), "Say hello")?;
+                Ok("pushed .gitea/workflows/hello.yml to demo/hello".to_owned())
+            }
+            Self::Github { organization, .. } => {
+                let repository = format!("{ORGANIZATION}/{REPOSITORY}");
+                organization.simulator.workflow(&repository, "hello.yml", WORKFLOW).await?;
+                organization.simulator.dispatch(&repository, &mayfly_github_simulator::model::Event::default()).await?;
+                Ok("pushed .github/workflows/hello.yml to demo/hello".to_owned())
+            }
+        }
+    }
+
+    async fn jobs(&self) -> Result<Vec<Seen>> {
+        Ok(match self {
+            Self::Gitea { forge, .. } => {
+                let jobs = forge.jobs(&Scope::repository(ORGANIZATION, REPOSITORY), None)?;
+                jobs.into_iter().map(|job| Seen { id: job.id, name: job.name, status: job.status, conclusion: job.conclusion }).collect()
+            }
+            Self::Github { organization, .. } => {
+                let listed = organization.simulator.call("GET", "jobs", Vec::new()).await?;
+                let jobs: Vec<JobView> = serde_json::from_value(listed["jobs"].clone())?;
+                let own = jobs.into_iter().filter(|job| job.repository == format!("{ORGANIZATION}/{REPOSITORY}"));
+                own.map(|job| Seen { id: job.id, name: job.name, status: job.state, conclusion: job.conclusion.unwrap_or_default() })
+                    .collect()
+            }
+        })
+    }
+
+    async fn log(&self, job: i64) -> Result<String> {
+        match self {
+            Self::Gitea { forge, .. } => forge.job_log(ORGANIZATION, REPOSITORY, job),
+            Self::Github { organization, .. } => Ok(organization.simulator.job(job).await?.log),
+        }
+    }
+
+    async fn nothing_left(&self, world: &World) -> Result<()> {
+        match self {
+            Self::Gitea { served, .. } => pool::nothing_left(world, ORGANIZATION, served).await,
+            Self::Github { organization, served } => organization.nothing_left(world, served).await,
+        }
+    }
+
+    async fn registrations(&self, world: &World) -> Result<usize> {
+        Ok(match self {
+            Self::Gitea { served, .. } => pool::registrations(&world.forge, ORGANIZATION, served)?.len(),
+            Self::Github { organization, served } => organization.registrations(served).await?.len(),
+        })
+    }
+}
+
+/// Applies the pool; the one that an earlier demo left for another forge goes first.
+async fn apply(world: &World, manifest: &serde_json::Value) -> Result<RunnerPool> {
+    let kind = |forge: &mayfly_crds::Forge| forge.github.is_some();
+    let wanted = manifest["spec"]["forge"].get("github").is_some();
+    let earlier = pool::pools(world, NAMESPACE).get_opt(POOL).await?;
+    // An App that was made anew is another pool: the address of its organization is the same, and its scale set is there.
+    if earlier.is_some_and(|earlier| kind(&earlier.spec.forge) != wanted) {
+        pool::delete(world, NAMESPACE, POOL).await?;
+    }
+    pool::apply(world, manifest).await
 }
 
 #[derive(Clone, Copy)]
@@ -128,13 +237,11 @@ impl Story {
 }
 
 /// Follows the new jobs until all are over.
-async fn follow(forge: &mayfly_cluster::Forge, seen: &BTreeSet<i64>, story: &Story) -> Result<Vec<Job>> {
+async fn follow(stand: &Stand, seen: &BTreeSet<i64>, story: &Story) -> Result<Vec<Seen>> {
     let mut told: BTreeSet<(i64, String)> = BTreeSet::new();
-    let scope = Scope::repository(ORGANIZATION, REPOSITORY);
-    let told = &mut told;
     let began = Instant::now();
     loop {
-        let mut jobs = forge.jobs(&scope, None)?;
+        let mut jobs = stand.jobs().await?;
         jobs.retain(|job| !seen.contains(&job.id));
         for job in &jobs {
             if told.insert((job.id, job.status.clone())) {
@@ -236,15 +343,21 @@ fn answer(mut stream: TcpStream) {
     let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\nConnection: close\r\n\r\nsecret\n");
 }
 
-fn look_around(world: &World) {
+fn look_around(world: &World, stand: &Stand) {
     let kubectl = format!("KUBECONFIG={} {}", world.cluster.kubeconfig().display(), world.cluster.layout().bin("kubectl").display());
     say("look around:");
-    say(&format!(
-        "  forge     {}  (user {}, password in {})",
-        world.access.local_url,
-        world.access.admin,
-        world.cluster.layout().at("forge/admin-password").display()
-    ));
+    match stand {
+        Stand::Gitea { .. } => say(&format!(
+            "  forge     {}  (user {}, password in {})",
+            world.access.local_url,
+            world.access.admin,
+            world.cluster.layout().at("forge/admin-password").display()
+        )),
+        Stand::Github { organization, .. } => {
+            let url = organization.simulator.url();
+            say(&format!("  forge     {url}/_simulator/jobs  (a simulator of GitHub's runner protocol; it has no pages)"));
+        }
+    }
     say(&format!("  pool      {kubectl} -n {NAMESPACE} describe runnerpool {POOL}"));
     say(&format!("  operator  {kubectl} -n mayfly-system logs deployment/mayfly-controller"));
     say("  take it all down: make down");

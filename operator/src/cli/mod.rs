@@ -13,7 +13,7 @@ use ipnet::IpNet;
 use kube::CustomResourceExt;
 use mayfly_crds::RunnerPool;
 
-use crate::isolation::{ClusterFacts, nameservers};
+use crate::isolation::{ClusterFacts, Dialect, cluster_wide_denial, nameservers};
 use crate::runner::PodSettings;
 
 /// Where a pod is told whom to ask for names.
@@ -33,6 +33,11 @@ pub(crate) enum Command {
     Controller(Box<ControllerArgs>),
     /// Print the CustomResourceDefinitions as YAML.
     Crd,
+    /// Print the denial of metadata endpoints for all runner pods, as an object of cluster scope. The chart applies it.
+    ClusterDenial {
+        /// The kind of the object.
+        dialect: Dialect,
+    },
     /// Print a completion script for a shell.
     Completions {
         /// The shell.
@@ -52,9 +57,12 @@ pub(crate) struct ControllerArgs {
     /// Image of mayfly-gate for runner pods.
     #[arg(long, env = "MAYFLY_GATE_IMAGE")]
     gate_image: String,
-    /// Runner image of pools that name none.
+    /// Runner image of Gitea pools that name none.
     #[arg(long, env = "MAYFLY_RUNNER_IMAGE")]
     runner_image: String,
+    /// Runner image of GitHub pools that name none.
+    #[arg(long, env = "MAYFLY_GITHUB_RUNNER_IMAGE", default_value = concat!("ghcr.io/mayfly-dev/github-runner:", env!("CARGO_PKG_VERSION")))]
+    github_runner_image: String,
     /// When the kubelet pulls these images: Always, IfNotPresent or Never.
     #[arg(long, env = "MAYFLY_IMAGE_PULL_POLICY", default_value = "IfNotPresent", value_parser = ["Always", "IfNotPresent", "Never"])]
     image_pull_policy: String,
@@ -167,6 +175,7 @@ impl ControllerArgs {
             pods: PodSettings {
                 gate_image: self.gate_image,
                 runner_image: self.runner_image,
+                github_runner_image: self.github_runner_image,
                 image_pull_policy: self.image_pull_policy,
                 gate_url: format!("https://{host}:{gate_port}"),
                 gate_ca: String::new(),
@@ -210,6 +219,14 @@ fn labels(text: &str) -> Result<BTreeMap<String, String>, String> {
 /// Prints the CustomResourceDefinitions.
 pub(crate) fn print_crds() -> Result<()> {
     let yaml = serde_saphyr::to_string(&RunnerPool::crd()).context("the CRD cannot be written as YAML")?;
+    io::stdout().write_all(yaml.as_bytes())?;
+    Ok(())
+}
+
+/// Prints a denial of cluster scope.
+pub(crate) fn print_cluster_denial(dialect: Dialect) -> Result<()> {
+    let object = cluster_wide_denial(dialect).map_err(anyhow::Error::msg)?;
+    let yaml = serde_saphyr::to_string(&object).context("the policy cannot be written as YAML")?;
     io::stdout().write_all(yaml.as_bytes())?;
     Ok(())
 }

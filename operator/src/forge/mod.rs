@@ -4,6 +4,7 @@
 
 mod address;
 pub(crate) mod gitea;
+pub(crate) mod github;
 pub(crate) mod secret;
 
 use std::fmt;
@@ -29,25 +30,77 @@ pub(crate) trait Forge: Send + Sync + fmt::Debug {
     /// What the workflow run of a job is about.
     async fn run(&self, repository: &Repository, run: u64) -> Result<Run, ForgeError>;
 
-    /// Registers a runner for exactly one job at the narrowest scope the forge has, and returns what its program needs.
+    /// The jobs a runner may take that is registered for `job`: as few as the forge lets a registration say.
+    fn reach(&self, job: &Job) -> Reach;
+
+    /// Registers a runner for exactly one job, one of `reach`, and returns what its program needs.
     /// Not idempotent: after an error, the name is burnt and [`Forge::runners`] tells whether something was left behind.
-    async fn register(&self, repository: &Repository, name: &str, labels: &[String]) -> Result<Registration, ForgeError>;
+    async fn register(&self, reach: &Reach, name: &str) -> Result<Registration, ForgeError>;
 
-    /// Runners registered for this repository itself (not those it inherits).
-    async fn runners(&self, repository: &Repository) -> Result<Vec<RegisteredRunner>, ForgeError>;
+    /// Every runner of the scope that Mayfly may have registered, for the sweep.
+    async fn runners(&self) -> Result<Vec<RegisteredRunner>, ForgeError>;
 
-    /// Every repository of the scope, for the sweep after a start.
-    async fn repositories(&self) -> Result<Vec<Repository>, ForgeError>;
-
-    /// Keeps a registered runner from taking a job from now on. A job it has taken goes on.
+    /// Keeps a registered runner from taking a job from now on. A job it has taken goes on ([`Removal::Busy`] where the forge says so).
     async fn pause(&self, runner: &RunnerKey) -> Result<Removal, ForgeError>;
 
     /// Says in the runner's name that the job it had is lost, so that the job ends now and not when the forge grows suspicious. A job
     /// that is over already is a success ([`Removal::Gone`]).
     async fn give_up(&self, job: &Job, credential: &Secret) -> Result<Removal, ForgeError>;
 
-    /// Removes a registration. A runner that is not there is a success ([`Removal::Gone`]).
+    /// Removes a registration. A runner that is not there is a success ([`Removal::Gone`]); one that has a job may be kept
+    /// ([`Removal::Busy`]).
     async fn deregister(&self, runner: &RunnerKey) -> Result<Removal, ForgeError>;
+
+    /// How many jobs wait of which the forge tells nothing but their number.
+    fn unnamed(&self) -> u32 {
+        0
+    }
+
+    /// Jobs of which there was news since this was last asked, to be looked up with [`Forge::job`].
+    fn news(&self) -> Vec<JobKey> {
+        Vec::new()
+    }
+
+    /// Tells the forge which waiting jobs will be served, where it wants to know before it gives them out.
+    async fn claim(&self, _jobs: &[JobKey]) -> Result<(), ForgeError> {
+        Ok(())
+    }
+
+    /// Notes how many jobs can be served at the same time, for forges that give out no more than that.
+    fn note_room(&self, _jobs: u32) {}
+
+    /// A runner of an earlier process has this job, as the cluster remembers: for forges that do not list jobs.
+    fn remember(&self, _job: Job) {}
+
+    /// What a later process has to know to go on where this one ends.
+    fn scale_set(&self) -> Option<ScaleSet> {
+        None
+    }
+
+    /// Removes what the forge keeps for the pool besides its runners: the pool is being deleted.
+    async fn retire(&self) -> Result<(), ForgeError> {
+        Ok(())
+    }
+}
+
+/// Which jobs a runner may take.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct Reach {
+    /// Those of this repository; without one, all that the forge gives to the pool.
+    pub(crate) repository: Option<Repository>,
+    /// Those whose `runs-on` is among these labels; of no meaning without a repository.
+    pub(crate) labels: Vec<String>,
+}
+
+/// A scale set at GitHub and the session in which its messages come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ScaleSet {
+    /// GitHub's number of it.
+    pub(crate) id: u64,
+    /// Its name.
+    pub(crate) name: String,
+    /// The open session, which is worth nothing without the pool's credential.
+    pub(crate) session: Option<String>,
 }
 
 /// `owner/name` of a repository, checked: letters, digits, `.`, `_`, `-` only, so that it is safe in paths and in messages.
@@ -111,7 +164,32 @@ pub(crate) struct JobKey {
     /// Repository the job belongs to.
     pub(crate) repository: Repository,
     /// The forge's id of the job.
-    pub(crate) id: u64,
+    pub(crate) id: JobId,
+}
+
+/// A forge's id of a job, checked: letters, digits and `-`, at most 64 of them.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(transparent)]
+pub(crate) struct JobId(String);
+
+impl JobId {
+    /// Checks and takes an id. `None` for anything that is not one.
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        let fits = (1..=64).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+        fits.then(|| Self(text.to_owned()))
+    }
+}
+
+impl From<u64> for JobId {
+    fn from(number: u64) -> Self {
+        Self(number.to_string())
+    }
+}
+
+impl fmt::Display for JobId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
 }
 
 impl fmt::Display for JobKey {
@@ -153,8 +231,8 @@ pub(crate) struct Run {
 /// How to name a registered runner to the forge.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub(crate) struct RunnerKey {
-    /// Repository it is registered for.
-    pub(crate) repository: Repository,
+    /// Repository it is registered for; without one, the pool's scope.
+    pub(crate) repository: Option<Repository>,
     /// The forge's id of the runner.
     pub(crate) id: u64,
 }
@@ -186,6 +264,8 @@ pub(crate) enum Removal {
     Done,
     /// It was not there.
     Gone,
+    /// It has a job and was left alone.
+    Busy,
 }
 
 /// Why the forge could not do what it was asked. Texts never hold a credential.
@@ -206,6 +286,9 @@ pub(crate) enum ForgeError {
         /// What was asked for.
         what: String,
     },
+    /// The forge would let others use the pool's runners than the pool says.
+    #[error("{0}")]
+    TooOpen(String),
     /// Anything else.
     #[error("the forge answered unexpectedly: {0}")]
     Unexpected(String),
@@ -218,6 +301,7 @@ impl ForgeError {
             Self::Unreachable(_) => "unreachable",
             Self::Unauthorized { .. } => "unauthorized",
             Self::NotFound { .. } => "not_found",
+            Self::TooOpen(_) => "too_open",
             Self::Unexpected(_) => "unexpected",
         }
     }

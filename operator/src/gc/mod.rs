@@ -54,10 +54,8 @@ mod tests {
 
     #[test]
     fn only_runners_without_a_pod_are_leftovers() {
-        let runner = |name: &str| RegisteredRunner {
-            key: RunnerKey { repository: Repository::parse("acme/web").expect("valid"), id: 1 },
-            name: name.to_owned(),
-        };
+        let runner =
+            |name: &str| RegisteredRunner { key: RunnerKey { repository: Repository::parse("acme/web"), id: 1 }, name: name.to_owned() };
         let listed = [runner("ci-a"), runner("ci-b")];
         let living = BTreeSet::from(["ci-b".to_owned(), "ci-c".to_owned()]);
         assert_eq!(orphans(&listed, &living), [&listed[0]]);

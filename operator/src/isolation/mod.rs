@@ -1,6 +1,7 @@
 //! Network isolation of runner pods: what is closed, what is open, the list of what must never be, and how a pod shows that it is so.
 
 mod cilium;
+mod cluster_wide;
 mod controls;
 mod endpoints;
 mod facts;
@@ -9,6 +10,7 @@ mod policies;
 mod targets;
 
 pub(crate) use cilium::{CiliumNetworkPolicy, cilium_policies, is_host_name};
+pub(crate) use cluster_wide::{Dialect, cluster_wide_denial};
 pub(crate) use controls::Controls;
 pub(crate) use endpoints::covers_metadata;
 pub(crate) use facts::{ClusterFacts, nameservers};

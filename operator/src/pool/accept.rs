@@ -132,7 +132,7 @@ mod tests {
 
     fn job(repository: &str, labels: &[&str]) -> Job {
         Job {
-            key: JobKey { repository: Repository::parse(repository).expect("a repository"), id: 1 },
+            key: JobKey { repository: Repository::parse(repository).expect("a repository"), id: 1.into() },
             run: 1,
             state: JobState::Queued,
             labels: labels.iter().map(|l| (*l).to_owned()).collect(),

@@ -106,9 +106,12 @@ async fn forge_addresses(ctx: &Context, pool: &Pool, handle: &PoolHandle) -> Res
     {
         return Ok(known.clone());
     }
-    let found = tokio::net::lookup_host((pool.host.as_str(), pool.port)).await;
-    let found = found.map_err(|error| format!("the forge's host name {} cannot be resolved: {error}", pool.host))?;
-    let mut addresses: Vec<_> = found.map(|socket| socket.ip()).collect();
+    let mut addresses = Vec::new();
+    for host in &pool.hosts {
+        let found = tokio::net::lookup_host((host.as_str(), pool.port)).await;
+        let found = found.map_err(|error| format!("the forge's host name {host} cannot be resolved: {error}"))?;
+        addresses.extend(found.map(|socket| socket.ip()));
+    }
     addresses.sort();
     addresses.dedup();
     handle.state().addresses = Some((addresses.clone(), now));
@@ -295,6 +298,8 @@ async fn pause(ctx: &Context, pool: &Pool, handle: &PoolHandle, forge: &Arc<dyn 
     let Some(runner) = state.registered.get_mut(name) else { return };
     match result {
         Ok(Removal::Done) => runner.paused = Some(ctx.now()),
+        // It took a job just now, of which the forge will tell.
+        Ok(Removal::Busy) => runner.since = ctx.now(),
         // The forge removed it: its one job is over.
         Ok(Removal::Gone) => runner.done = true,
         Err(error) => tracing::warn!(pool = %pool.key, runner = name, %error, "a runner could not be paused; it is tried again"),
@@ -314,7 +319,9 @@ fn deregister_later(ctx: &Arc<Context>, pool: &Pool, forge: &Arc<dyn Forge>, run
         }
         for attempt in 0..DEREGISTER_TRIES {
             match forge.deregister(&runner).await {
-                Ok(_) => return ctx.metrics.deregistered("ok"),
+                Ok(Removal::Done | Removal::Gone) => return ctx.metrics.deregistered("ok"),
+                // The forge has not noticed yet that the runner is gone: the sweep comes back to it.
+                Ok(Removal::Busy) => break,
                 Err(error @ ForgeError::Unauthorized { .. }) => {
                     tracing::warn!(%pool, %error, "a registration could not be removed");
                     break;

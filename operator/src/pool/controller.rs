@@ -1,5 +1,6 @@
 //! The controller: one pass over a pool is gather, plan, apply, status; this file says when a pass happens.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,7 +19,7 @@ use kube::runtime::watcher;
 use kube::{Api, Resource, ResourceExt};
 use mayfly_crds::conditions::reasons;
 use mayfly_crds::names::FINALIZER_REGISTRATIONS;
-use mayfly_crds::{RunnerPool, RunnerPoolStatus};
+use mayfly_crds::{RunnerPool, RunnerPoolStatus, WaitingJob};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -28,9 +29,9 @@ use super::gather::{self, gather};
 use super::nodes::pool_nodes;
 use super::plan::{Input, Plan, Role, plan, plan_blind};
 use super::proof;
-use super::registry::{PoolHandle, PoolKey, Pools};
+use super::registry::{Deaf, PoolHandle, PoolKey, Pools};
 use super::status::{self, Outcome, UserNamespaces, status};
-use super::validate::{Pool, validate};
+use super::validate::{Pool, Source, validate};
 use crate::cli::Settings;
 use crate::forge::ForgeError;
 use crate::gc;
@@ -62,6 +63,8 @@ pub(crate) struct Context {
     pub(crate) registry: Arc<Pools>,
     pub(crate) pools: Store<Guarded>,
     pub(crate) pods: Store<Pod>,
+    /// To be told when the watch of pods hears nothing.
+    pub(crate) deaf: Arc<Deaf>,
     pub(crate) secrets: Store<Secret>,
     pub(crate) policies: Store<NetworkPolicy>,
     pub(crate) dialects: Arc<Dialects>,
@@ -236,7 +239,7 @@ async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
         state.adopt_isolation(&stored.isolation, ctx.now());
         state.knows_names = ctx.dialects.cilium();
     }
-    let observed = match gather(ctx, &pool, &handle).await {
+    let observed = match gather(ctx, &pool, &handle, stored.scale_set.as_ref()).await {
         Ok(observed) => observed,
         Err(error) => {
             ctx.metrics.forge_error(match &error {
@@ -255,13 +258,44 @@ async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
         return Ok(Action::requeue(RETRY));
     }
     let plan = plan(&input(ctx, &pool, &handle, &observed, proof::wanted(ctx, &handle)));
-    let forge = gather::link(ctx, &pool, &handle);
-    if let Ok(forge) = forge {
+    let forge = handle.state().link.as_ref().map(|link| link.forge.clone());
+    if let Some(forge) = forge {
+        forge.note_room(room(&pool, &handle, &observed));
         apply(ctx, &pool, &handle, &forge, &observed, &plan).await;
         gc::sweep_if_due(ctx, &pool, &handle, &forge);
+        tell_refused(ctx, &pool, &handle, &observed).await;
     }
     let written = report(ctx, &handle, Some(&pool), pool.generation, &stored, &Outcome::Planned(&observed, &plan)).await?;
     Ok(next(ctx, &pool, &handle, &observed, &plan, written))
+}
+
+/// How many jobs the pool can have at the same time, for a forge that gives out no more. Jobs that it refuses count at the forge as well,
+/// and would keep others from coming. While pods do not start, it wants no more than it has.
+fn room(pool: &Pool, handle: &PoolHandle, observed: &gather::Observed) -> u32 {
+    let refused = u32::try_from(observed.waiting.len()).unwrap_or(u32::MAX);
+    let served = match handle.state().start_failures {
+        0 => pool.spec.scale.max,
+        _ => u32::try_from(observed.queued.len() + observed.pods.len()).unwrap_or(u32::MAX).clamp(1, pool.spec.scale.max),
+    };
+    served.saturating_add(refused)
+}
+
+/// Tells once of each job that GitHub gave to the pool's scale set and that the pool does not serve: nobody else will. A Gitea pool sees
+/// the jobs of other pools as well, and tells of them in its status alone.
+async fn tell_refused(ctx: &Context, pool: &Pool, handle: &PoolHandle, observed: &gather::Observed) {
+    if !matches!(pool.source, Source::GitHub { .. }) {
+        return;
+    }
+    let news: Vec<&WaitingJob> = {
+        let mut state = handle.state();
+        let waiting: BTreeSet<String> = observed.waiting.iter().map(|job| job.job.clone()).collect();
+        state.told.retain(|job| waiting.contains(job));
+        observed.waiting.iter().filter(|job| state.told.insert(job.job.clone())).collect()
+    };
+    let reference = apply::reference_to(&pool.key, &pool.uid);
+    for job in news {
+        ctx.io.warn(&reference, "JobNotServed", "Refuse", &format!("{}: {}: {}", job.job, job.reason, job.message)).await;
+    }
 }
 
 /// Local clean-up does not wait for anybody else.
@@ -396,7 +430,8 @@ async fn remove_registrations(guarded: &Guarded, ctx: &Context, key: &PoolKey, u
     // A pool that never made sense never registered anything.
     let Some(pool) = guarded.0.as_ref().ok().and_then(|pool| validate(pool).ok()) else { return Ok(()) };
     let known = handle.state().link.as_ref().map(|link| link.forge.clone());
-    let forge = match gather::link(ctx, &pool, &handle) {
+    let earlier = guarded.0.as_ref().ok().and_then(|pool| pool.status.as_ref()?.scale_set.as_ref());
+    let forge = match gather::link(ctx, &pool, &handle, earlier) {
         Ok(forge) => forge,
         Err(error) => known.ok_or(error)?,
     };
@@ -408,6 +443,7 @@ async fn remove_registrations(guarded: &Guarded, ctx: &Context, key: &PoolKey, u
     for runner in runners {
         forge.deregister(&runner.key).await?;
     }
+    forge.retire().await?;
     Ok(())
 }
 

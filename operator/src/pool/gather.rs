@@ -3,22 +3,24 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use futures::{StreamExt, TryStreamExt, stream};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{Pod, Secret as KubeSecret};
 use kube::ResourceExt;
 use kube::runtime::reflector::ObjectRef;
-use mayfly_crds::names::{ANNOTATION_FORGE, ANNOTATION_POOL_NAMESPACES, LABEL_POOL, RunnerName};
-use mayfly_crds::{SecretKeyRef, WaitingJob};
+use mayfly_crds::names::{ANNOTATION_FORGE, ANNOTATION_JOB, ANNOTATION_POOL_NAMESPACES, ANNOTATION_WORKFLOW, LABEL_POOL, RunnerName};
+use mayfly_crds::{ScaleSetStatus, SecretKeyRef, WaitingJob};
 use wildmatch::WildMatch;
 
 use super::accept::Refusal;
 use super::controller::Context;
 use super::plan::{PodFacts, Role};
 use super::registry::{Link, OwedJob, PoolHandle, PoolState, Registered};
-use super::validate::Pool;
+use super::validate::{GitHubCredential, Pool, Source};
 use crate::forge::gitea::Gitea;
-use crate::forge::{Forge, ForgeError, Job, JobKey, JobState, RegisteredRunner, Repository, Run, RunnerKey, Secret};
+use crate::forge::github::{self, GitHub};
+use crate::forge::{
+    Forge, ForgeError, Job, JobId, JobKey, JobState, Reach, RegisteredRunner, Repository, Run, RunnerKey, ScaleSet, Secret,
+};
 use crate::isolation::no_forge_at;
 use crate::runner::{Phase, phase};
 
@@ -26,10 +28,10 @@ use crate::runner::{Phase, phase};
 pub(super) const WAITING_TOLD: usize = 10;
 /// A created pod that the watch has not shown after this long is taken as lost.
 const WATCH_LAG: SignedDuration = SignedDuration::from_secs(30);
+/// The API server made a pod, and the watch has not shown it after this long: it is taken as deaf.
+const WATCH_DEAF: SignedDuration = SignedDuration::from_secs(4);
 /// Most workflow runs remembered per pool.
 const RUNS_KEPT: usize = 2_000;
-/// Repositories asked at the same time.
-const SWEEP_CONCURRENCY: usize = 8;
 
 /// What was seen.
 #[derive(Debug, Default)]
@@ -82,38 +84,93 @@ pub(super) enum GatherError {
 }
 
 /// Looks at the forge and the cluster.
-pub(super) async fn gather(ctx: &Context, pool: &Pool, handle: &Arc<PoolHandle>) -> Result<Observed, GatherError> {
-    let forge = link(ctx, pool, handle)?;
+pub(super) async fn gather(
+    ctx: &Context,
+    pool: &Pool,
+    handle: &Arc<PoolHandle>,
+    earlier: Option<&ScaleSetStatus>,
+) -> Result<Observed, GatherError> {
+    let forge = link(ctx, pool, handle, earlier)?;
     if !handle.state().adopted {
         adopt(ctx, pool, handle, &forge).await?;
     }
     follow_jobs(handle, &forge, ctx.now()).await?;
     let mut observed = Observed::default();
     demand(ctx, pool, handle, &forge, &mut observed).await?;
-    let refusals = refusals(pool, handle, &forge).await?;
+    let refusals = refusals(ctx, pool, handle, &forge).await?;
     pods(ctx, pool, handle, &refusals, &mut observed);
     Ok(observed)
 }
 
-/// The pool's forge client; a new one when the token or the address changed.
-pub(super) fn link(ctx: &Context, pool: &Pool, handle: &PoolHandle) -> Result<Arc<dyn Forge>, GatherError> {
+/// The pool's forge client; a new one when what it is made from changed.
+pub(super) fn link(
+    ctx: &Context,
+    pool: &Pool,
+    handle: &PoolHandle,
+    earlier: Option<&ScaleSetStatus>,
+) -> Result<Arc<dyn Forge>, GatherError> {
     // A name is checked when it is resolved, at every connection.
-    if let Some(why) = pool.host.parse().ok().and_then(|address| no_forge_at(&address)) {
+    let literal = pool.hosts.iter().filter_map(|host| host.parse().ok()).find_map(|address| no_forge_at(&address));
+    if let Some(why) = literal {
         return Err(GatherError::Forge(ForgeError::Unreachable(why)));
     }
-    let token = secret(ctx, pool, &pool.token, "forge.gitea.tokenSecretRef")?;
+    let credential = match &pool.source {
+        Source::Gitea { token, .. } => github::Credential::Token(secret(ctx, pool, token, "forge.gitea.tokenSecretRef")?),
+        Source::GitHub { credential: GitHubCredential::Token(token), .. } => {
+            github::Credential::Token(secret(ctx, pool, token, "forge.github.tokenSecretRef")?)
+        }
+        Source::GitHub { credential: GitHubCredential::App { client_id, installation_id, key }, .. } => github::Credential::App {
+            client_id: client_id.clone(),
+            installation_id: *installation_id,
+            key: secret(ctx, pool, key, "forge.github.app.privateKeySecretRef")?,
+        },
+    };
     let webhook_secret = match &pool.webhook_secret {
-        Some(reference) => Some(secret(ctx, pool, reference, "forge.gitea.webhookSecretRef")?),
+        Some(reference) => Some(secret(ctx, pool, reference, "forge.webhookSecretRef")?),
         None => None,
     };
-    let made_from = (pool.url.clone(), pool.scope_text(), token.clone());
     let mut state = handle.state();
     state.webhook_secret = webhook_secret;
-    if let Some(link) = state.link.as_ref().filter(|link| link.made_from == made_from) {
+    // One that was made before goes on with a secret that was rotated.
+    if let Some(link) = state.link.as_mut().filter(|link| link.source == pool.source && link.url == pool.url) {
+        if link.credential != credential {
+            link.credential = credential.clone();
+            link.forge = match (&link.scale_set, &pool.source, credential) {
+                (Some(forge), _, credential) => {
+                    forge.renew(credential);
+                    link.forge.clone()
+                }
+                (None, Source::Gitea { scope, .. }, github::Credential::Token(token)) => {
+                    Arc::new(Gitea::new(ctx.http.clone(), &pool.url, scope.clone(), token))
+                }
+                (None, ..) => link.forge.clone(),
+            };
+        }
         return Ok(link.forge.clone());
     }
-    let forge: Arc<dyn Forge> = Arc::new(Gitea::new(ctx.http.clone(), &pool.url, pool.scope.clone(), token));
-    state.link = Some(Link { forge: forge.clone(), made_from });
+    let (forge, scale_set): (Arc<dyn Forge>, _) = match (&pool.source, credential.clone()) {
+        (Source::Gitea { scope, .. }, github::Credential::Token(token)) => {
+            (Arc::new(Gitea::new(ctx.http.clone(), &pool.url, scope.clone(), token)), None)
+        }
+        (Source::GitHub { config, .. }, credential) => {
+            let earlier = earlier.map(|set| ScaleSet { id: set.id, name: set.name.clone(), session: set.session_id.clone() });
+            let (registry, key) = (Arc::downgrade(&ctx.registry), pool.key.clone());
+            let wake = move || {
+                if let Some(registry) = registry.upgrade() {
+                    registry.wake(key.clone());
+                }
+            };
+            let room = pool.spec.scale.max;
+            let (forge, listening) = GitHub::new(ctx.http.clone(), (**config).clone(), credential, no_forge_at, earlier, room, wake);
+            ctx.tasks.spawn(listening);
+            let forge = Arc::new(forge);
+            (forge.clone(), Some(forge))
+        }
+        (Source::Gitea { .. }, github::Credential::App { .. }) => {
+            return Err(GatherError::Secret("forge.gitea has no App".to_owned()));
+        }
+    };
+    state.link = Some(Link { forge: forge.clone(), scale_set, url: pool.url.clone(), source: pool.source.clone(), credential });
     Ok(forge)
 }
 
@@ -152,7 +209,11 @@ async fn adopt(ctx: &Context, pool: &Pool, handle: &PoolHandle, forge: &Arc<dyn 
     let living: BTreeMap<String, Arc<Pod>> =
         own_pods(ctx, pool).into_iter().filter(|pod| phase(pod) != Phase::Leaving).map(|pod| (pod.name_any(), pod)).collect();
     for runner in runners_of_pool(forge, &pool.uid).await? {
-        if living.contains_key(&runner.name) {
+        if let Some(pod) = living.get(&runner.name) {
+            if let Some(job) = marked(pod) {
+                // What the pod says was written by this operator, and by nobody else.
+                forge.remember(Job { runner: Some(runner.name.clone()), runner_id: Some(runner.key.id), ..job });
+            }
             let found = Registered {
                 key: runner.key,
                 meant_for: None,
@@ -173,28 +234,31 @@ async fn adopt(ctx: &Context, pool: &Pool, handle: &PoolHandle, forge: &Arc<dyn 
     Ok(())
 }
 
+/// The job that a pod is marked with, as far as the marks say.
+fn marked(pod: &Pod) -> Option<Job> {
+    let (repository, id) = pod.annotations().get(ANNOTATION_JOB)?.rsplit_once('#')?;
+    let run = pod.annotations().get(ANNOTATION_WORKFLOW).and_then(|workflow| workflow.split('/').next()?.parse().ok());
+    Some(Job {
+        key: JobKey { repository: Repository::parse(repository)?, id: JobId::parse(id)? },
+        run: run.unwrap_or_default(),
+        state: JobState::InProgress,
+        labels: Vec::new(),
+        runner: None,
+        runner_id: None,
+    })
+}
+
 /// Every runner at the forge whose name says that it is this pool's.
 pub(crate) async fn runners_of_pool(forge: &Arc<dyn Forge>, pool_uid: &str) -> Result<Vec<RegisteredRunner>, ForgeError> {
-    let repositories = forge.repositories().await?;
-    let lists: Vec<Vec<RegisteredRunner>> = stream::iter(repositories)
-        .map(|repository| async move {
-            match forge.runners(&repository).await {
-                // A repository that vanished, or in which the token may not manage runners: Mayfly has none there.
-                Err(ForgeError::NotFound { .. } | ForgeError::Unauthorized { .. }) => Ok(Vec::new()),
-                other => other,
-            }
-        })
-        .buffer_unordered(SWEEP_CONCURRENCY)
-        .try_collect()
-        .await?;
-    Ok(lists.into_iter().flatten().filter(|runner| RunnerName::is_of_pool(&runner.name, pool_uid)).collect())
+    Ok(forge.runners().await?.into_iter().filter(|runner| RunnerName::is_of_pool(&runner.name, pool_uid)).collect())
 }
 
 /// Brings the jobs of registered runners up to date.
 async fn follow_jobs(handle: &PoolHandle, forge: &Arc<dyn Forge>, now: Timestamp) -> Result<(), ForgeError> {
     let (hinted, any) = {
         let mut state = handle.state();
-        (std::mem::take(&mut state.hinted), state.registered.values().any(|runner| !runner.done))
+        let hinted: Vec<JobKey> = std::mem::take(&mut state.hinted).into_iter().chain(forge.news()).collect();
+        (hinted, state.registered.values().any(|runner| !runner.done))
     };
     if !any {
         return Ok(());
@@ -234,7 +298,8 @@ async fn follow_jobs(handle: &PoolHandle, forge: &Arc<dyn Forge>, now: Timestamp
 fn finish(state: &mut PoolState, job: &JobKey, runner_id: Option<u64>) {
     for runner in state.registered.values_mut() {
         let has_it = runner.job.as_ref().is_some_and(|(key, _)| key == job);
-        let had_it = runner_id == Some(runner.key.id) && runner.key.repository == job.repository;
+        let had_it =
+            runner_id == Some(runner.key.id) && runner.key.repository.as_ref().is_none_or(|repository| *repository == job.repository);
         runner.done |= has_it || had_it;
     }
 }
@@ -265,13 +330,20 @@ async fn demand(
             Err(refusal) => Err(refusal),
         };
         match decision {
-            Ok(()) => observed.queued.push(OwedJob { key: job.key, labels: job.labels }),
+            Ok(()) => observed.queued.push(OwedJob { reach: forge.reach(&job), key: Some(job.key) }),
             Err(refusal) if observed.waiting.len() < WAITING_TOLD => {
                 observed.waiting.push(WaitingJob { job: job.key.to_string(), reason: refusal.reason.to_owned(), message: refusal.message })
             }
             Err(_) => {}
         }
     }
+    let accepted: Vec<JobKey> = observed.queued.iter().filter_map(|job| job.key.clone()).collect();
+    forge.claim(&accepted).await?;
+    // Whether the pool accepts them is decided when a runner has one.
+    let room = enough.saturating_sub(observed.queued.len());
+    let unnamed = forge.unnamed() as usize;
+    observed.queued.extend(std::iter::repeat_n(OwedJob { key: None, reach: Reach::default() }, unnamed.min(room)));
+    observed.beyond += unnamed.saturating_sub(room);
     Ok(())
 }
 
@@ -336,7 +408,7 @@ fn pods(ctx: &Context, pool: &Pool, handle: &PoolHandle, refusals: &BTreeMap<Job
         }
         let role = role_of(state, &name, refusals);
         if let Role::Busy { job, refused: None, .. } = &role
-            && !pod.annotations().contains_key(mayfly_crds::names::ANNOTATION_JOB)
+            && !pod.annotations().contains_key(ANNOTATION_JOB)
         {
             let run = state.running.get(job).and_then(|found| Some((found.run, state.runs.get(&(job.repository.clone(), found.run))?)));
             let workflow = run.map(|(id, run)| format!("{id}/{}@{}", run.workflow, run.git_ref)).unwrap_or_default();
@@ -358,7 +430,11 @@ fn pods(ctx: &Context, pool: &Pool, handle: &PoolHandle, refusals: &BTreeMap<Job
     }
     let exists = |name: &str| living.iter().any(|pod| pod.name_any() == name);
     state.spawned.retain(|name, spawned| {
-        let lag = !spawned.seen && now.duration_since(spawned.created) < WATCH_LAG;
+        let unseen = now.duration_since(spawned.created);
+        let lag = !spawned.seen && unseen < WATCH_LAG;
+        if lag && unseen > WATCH_DEAF && !spawned.uid.is_empty() && !exists(name) {
+            ctx.deaf.tell(now);
+        }
         if !exists(name) && lag {
             let role = spawned.registering.clone().map_or(Role::Waiting { ready: false }, Role::Registering);
             let (name, uid, created) = (name.clone(), spawned.uid.clone(), spawned.created);
@@ -382,8 +458,15 @@ fn pods(ctx: &Context, pool: &Pool, handle: &PoolHandle, refusals: &BTreeMap<Job
     state.running.retain(|job, _| kept.contains(job));
 }
 
-/// Which running jobs the pool does not accept, and why. A job of which nothing can be learned is not accepted.
-async fn refusals(pool: &Pool, handle: &PoolHandle, forge: &Arc<dyn Forge>) -> Result<BTreeMap<JobKey, Refusal>, ForgeError> {
+/// Which running jobs the pool does not accept, and why. A job of which nothing can be learned is not accepted, unless an earlier process
+/// accepted it, which its pod says.
+async fn refusals(
+    ctx: &Context,
+    pool: &Pool,
+    handle: &PoolHandle,
+    forge: &Arc<dyn Forge>,
+) -> Result<BTreeMap<JobKey, Refusal>, ForgeError> {
+    let accepted: Vec<JobKey> = own_pods(ctx, pool).iter().filter_map(|pod| marked(pod)).map(|job| job.key).collect();
     let running: Vec<(JobKey, Option<Job>)> = {
         let state = handle.state();
         let jobs = state.registered.values().filter(|runner| !runner.done).filter_map(|runner| runner.job.as_ref());
@@ -391,6 +474,10 @@ async fn refusals(pool: &Pool, handle: &PoolHandle, forge: &Arc<dyn Forge>) -> R
     };
     let mut refusals = BTreeMap::new();
     for (key, job) in running {
+        let known = job.as_ref().is_some_and(|job| !job.labels.is_empty());
+        if !known && accepted.contains(&key) {
+            continue;
+        }
         let facts = match job {
             Some(job) => run_of(handle, forge, &key.repository, job.run).await?.map(|run| (job, run)),
             None => None,

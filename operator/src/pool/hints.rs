@@ -28,7 +28,8 @@ const HINTS_KEPT: usize = 1_000;
 /// The routes.
 pub(crate) fn router(ctx: Arc<Context>) -> Router {
     Router::new()
-        .route("/webhooks/gitea/{namespace}/{pool}", post(gitea))
+        .route("/webhooks/gitea/{namespace}/{pool}", post(deliver))
+        .route("/webhooks/github/{namespace}/{pool}", post(deliver))
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .layer(middleware::from_fn(in_time))
         .layer(GlobalConcurrencyLimitLayer::new(DELIVERIES))
@@ -41,7 +42,7 @@ async fn in_time(request: Request, next: Next) -> Response {
     answer.unwrap_or_else(|_| StatusCode::REQUEST_TIMEOUT.into_response())
 }
 
-async fn gitea(
+async fn deliver(
     State(ctx): State<Arc<Context>>,
     Path((namespace, name)): Path<(String, String)>,
     headers: HeaderMap,
@@ -76,13 +77,13 @@ fn check(handle: Option<&PoolHandle>, headers: &HeaderMap, body: &[u8]) -> Resul
 
 /// Notes the job and wakes every pool of that server whose scope covers the repository.
 fn take(ctx: &Context, handle: Option<&PoolHandle>, hint: webhook::Hint) {
-    let url = handle.and_then(|handle| handle.state().link.as_ref().map(|link| link.made_from.0.clone()));
+    let url = handle.and_then(|handle| handle.state().link.as_ref().map(|link| link.url.clone()));
     let Some(url) = url else { return };
     for handle in pools_for(ctx, &url, &hint.repository) {
         if let Some(id) = hint.job {
             let mut state = handle.state();
             if state.hinted.len() < HINTS_KEPT {
-                state.hinted.insert(JobKey { repository: hint.repository.clone(), id });
+                state.hinted.insert(JobKey { repository: hint.repository.clone(), id: id.into() });
             }
         }
         ctx.registry.wake(handle.key.clone());

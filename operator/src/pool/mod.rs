@@ -18,5 +18,5 @@ pub(crate) use controller::{Context, Guarded, run};
 pub(crate) use dialects::Dialects;
 pub(crate) use gather::{own_pods, runners_of_pool};
 pub(crate) use nodes::looked_at;
-pub(crate) use registry::{NoJob, PoolHandle, PoolKey, Pools};
+pub(crate) use registry::{Deaf, NoJob, PoolHandle, PoolKey, Pools};
 pub(crate) use validate::Pool;

@@ -7,14 +7,19 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use mayfly_crds::{Enforcement, Failure, NodeIsolation};
 use serde::Serialize;
 use tokio::sync::{Notify, mpsc};
 
 use super::nodes::PoolNode;
 use super::proof::PodProof;
-use crate::forge::{Forge, Job, JobKey, Repository, Run, RunnerKey, Secret};
+use super::validate::Source;
+use crate::forge::github::{self, GitHub};
+use crate::forge::{Forge, Job, JobKey, Reach, Repository, Run, RunnerKey, Secret};
+
+/// A watch is not begun anew more often than this.
+const DEAF_AGAIN: SignedDuration = SignedDuration::from_secs(10);
 
 /// Namespace and name of a RunnerPool.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -34,16 +39,25 @@ impl fmt::Display for PoolKey {
 /// A job that is owed a runner.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct OwedJob {
-    /// Which job.
-    pub(crate) key: JobKey,
-    /// Its `runs-on`, which become the runner's labels.
-    pub(crate) labels: Vec<String>,
+    /// Which job; `None` where the forge tells no more than that there is one.
+    pub(crate) key: Option<JobKey>,
+    /// Which jobs its runner may take.
+    pub(crate) reach: Reach,
 }
 
 impl OwedJob {
     /// Whether a runner registered for `other` would take this job as well.
     pub(crate) fn same_runner_as(&self, other: &Self) -> bool {
-        self.key.repository == other.key.repository && self.labels == other.labels
+        self.reach == other.reach
+    }
+}
+
+impl fmt::Display for OwedJob {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.key {
+            Some(key) => key.fmt(f),
+            None => f.write_str("a job that the forge does not name"),
+        }
     }
 }
 
@@ -92,8 +106,14 @@ pub(crate) struct Registered {
 pub(crate) struct Link {
     /// The client.
     pub(crate) forge: Arc<dyn Forge>,
+    /// The same, where it is a scale set.
+    pub(crate) scale_set: Option<Arc<GitHub>>,
+    /// The forge as the pool's Secrets name it.
+    pub(crate) url: String,
     /// What it was made from; a change makes a new one.
-    pub(crate) made_from: (String, String, Secret),
+    pub(crate) source: Source,
+    /// With which it is known there.
+    pub(crate) credential: github::Credential,
 }
 
 /// Everything remembered about one pool.
@@ -147,6 +167,8 @@ pub(crate) struct PoolState {
     pub(crate) probing: bool,
     /// Policies as last applied: a digest of all, and each one's resource version.
     pub(crate) policies: Option<(String, BTreeMap<String, String>)>,
+    /// Jobs that the pool does not serve and that an event told of.
+    pub(crate) told: BTreeSet<String>,
     /// When the status was last written.
     pub(crate) status_written: Option<Timestamp>,
 }
@@ -266,6 +288,29 @@ impl PoolHandle {
     }
 }
 
+/// A watch that hears nothing although something happened: a connection of which the other end is gone looks just like a quiet one.
+#[derive(Debug, Default)]
+pub(crate) struct Deaf {
+    notify: Notify,
+    told: Mutex<Option<Timestamp>>,
+}
+
+impl Deaf {
+    /// Has the watch begin anew, unless it did so a moment ago.
+    pub(crate) fn tell(&self, now: Timestamp) {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if told.is_none_or(|at| now.duration_since(at) > DEAF_AGAIN) {
+            *told = Some(now);
+            self.notify.notify_one();
+        }
+    }
+
+    /// Waits until somebody says so.
+    pub(crate) async fn told(&self) {
+        self.notify.notified().await;
+    }
+}
+
 /// All pools of this process.
 #[derive(Debug)]
 pub(crate) struct Pools {
@@ -309,6 +354,11 @@ impl Pools {
         let _ = self.wakes.send(key);
     }
 
+    /// Lets go of every forge: sessions are ended, as far as there is time.
+    pub(crate) fn let_go(&self) {
+        self.all().iter().for_each(|handle| handle.state().link = None);
+    }
+
     /// Every pool, for hints that concern several.
     pub(crate) fn all(&self) -> Vec<Arc<PoolHandle>> {
         self.handles().values().cloned().collect()
@@ -322,6 +372,18 @@ impl Pools {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_deaf_watch_is_told_so_once_in_a_while() {
+        let (deaf, second) = (Deaf::default(), Duration::from_secs(1));
+        let at = |seconds: i64| Timestamp::from_second(seconds).expect("a time");
+        let told = async || tokio::time::timeout(second, deaf.told()).await.is_ok();
+        deaf.tell(at(0));
+        deaf.tell(at(5));
+        assert!(told().await && !told().await, "the second came too early");
+        deaf.tell(at(11));
+        assert!(told().await);
+    }
 
     fn handle_with_pod() -> PoolHandle {
         let key = PoolKey { namespace: "team".to_owned(), name: "ci".to_owned() };
@@ -346,7 +408,8 @@ mod tests {
 
     fn owe(handle: &PoolHandle, id: u64) -> OwedJob {
         let repository = Repository::parse("acme/web").expect("a repository");
-        let job = OwedJob { key: JobKey { repository, id }, labels: vec!["linux".to_owned()] };
+        let reach = Reach { repository: Some(repository.clone()), labels: vec!["linux".to_owned()] };
+        let job = OwedJob { key: Some(JobKey { repository, id: id.into() }), reach };
         handle.state().owed.push_back(job.clone());
         handle.jobs_changed();
         job
@@ -360,9 +423,10 @@ mod tests {
         assert_eq!(handle.take_job("pod", "pod-uid", now, second).await, Err(NoJob::NotYet));
         let job = owe(&handle, 1);
         owe(&handle, 2);
+        let repository = job.reach.repository.clone();
         assert_eq!(handle.take_job("pod", "pod-uid", now, second).await, Ok(job.clone()));
         assert!(matches!(handle.take_job("pod", "pod-uid", now, second).await, Err(NoJob::Never(_))));
-        handle.registered("pod", RunnerKey { repository: job.key.repository.clone(), id: 9 }, Secret::new("u t"), now);
+        handle.registered("pod", RunnerKey { repository, id: 9 }, Secret::new("u t"), now);
         assert!(matches!(handle.take_job("pod", "pod-uid", now, second).await, Err(NoJob::Never(_))));
     }
 

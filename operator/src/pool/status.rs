@@ -3,14 +3,14 @@
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use mayfly_crds::conditions::{self, Verdict, reasons};
-use mayfly_crds::{Counts, EgressHost, IsolationVerdict, NodeIsolation, RunnerPoolStatus, Starts, WaitingJob};
+use mayfly_crds::{Counts, EgressHost, IsolationVerdict, NodeIsolation, RunnerPoolStatus, ScaleSetStatus, Starts, WaitingJob};
 
 use super::gather::{GatherError, Observed, WAITING_TOLD};
 use super::nodes::PoolNode;
 use super::plan::{Plan, Role};
 use super::proof;
 use super::registry::PoolState;
-use super::validate::Pool;
+use super::validate::{GitHubCredential, Pool, Source};
 use crate::forge::ForgeError;
 use crate::runner::Phase;
 
@@ -84,6 +84,10 @@ pub(super) fn status(
     let mut verdicts = vec![users.verdict(), isolation(&new.isolation, &state.nodes)];
     verdicts.extend(pool.and_then(|pool| hosts(&pool.spec.isolation.egress.hosts, state)));
     new.scope = pool.map(Pool::scope_text).unwrap_or_default();
+    let known = state.link.as_ref().and_then(|link| link.forge.scale_set());
+    if let Some(set) = known {
+        new.scale_set = Some(ScaleSetStatus { id: set.id, name: set.name, session_id: set.session });
+    }
     new.last_failure = state.last_failure.clone().or_else(|| old.last_failure.clone());
     match outcome {
         Outcome::Invalid(why) => {
@@ -97,11 +101,11 @@ pub(super) fn status(
         }
         Outcome::Unprepared(why) => {
             verdicts.push(Verdict::no(conditions::READY, reasons::NOT_PREPARED, *why));
-            verdicts.push(Verdict::yes(conditions::FORGE_REACHABLE, reasons::OK, "the forge answers"));
+            verdicts.push(reachable(pool));
         }
         Outcome::Planned(observed, plan) => {
             verdicts.push(ready(state));
-            verdicts.push(Verdict::yes(conditions::FORGE_REACHABLE, reasons::OK, "the forge answers"));
+            verdicts.push(reachable(pool));
             verdicts.push(overlap(observed));
             new.counts = counts(observed, plan);
             new.waiting_jobs = waiting(observed, plan, pool, state);
@@ -122,7 +126,7 @@ fn waiting(observed: &Observed, plan: &Plan, pool: Option<&Pool>, state: &PoolSt
         _ => ("StartsFail", "runner pods do not start; see the condition Ready".to_owned()),
     };
     let without_pod = plan.owed.iter().skip(coming + plan.create as usize);
-    let owed = without_pod.map(|job| WaitingJob { job: job.key.to_string(), reason: reason.to_owned(), message: message.clone() });
+    let owed = without_pod.map(|job| WaitingJob { job: job.to_string(), reason: reason.to_owned(), message: message.clone() });
     owed.chain(observed.waiting.iter().cloned()).take(WAITING_TOLD).collect()
 }
 
@@ -133,9 +137,22 @@ fn blind(error: &GatherError) -> (&'static str, String) {
         GatherError::Forge(ForgeError::Unreachable(_)) => reasons::UNREACHABLE,
         GatherError::Forge(ForgeError::Unauthorized { .. }) => reasons::UNAUTHORIZED,
         GatherError::Forge(ForgeError::NotFound { .. }) => reasons::SCOPE_NOT_FOUND,
+        GatherError::Forge(ForgeError::TooOpen(_)) => reasons::RUNNER_GROUP_TOO_OPEN,
         GatherError::Forge(ForgeError::Unexpected(_)) => reasons::UNEXPECTED_ANSWER,
     };
     (reason, error.to_string())
+}
+
+fn reachable(pool: Option<&Pool>) -> Verdict {
+    let type_ = conditions::FORGE_REACHABLE;
+    match pool.map(|pool| &pool.source) {
+        Some(Source::GitHub { credential: GitHubCredential::Token(_), .. }) => {
+            let message =
+                "the forge answers, to a personal access token: it is a person's and lives long; use a GitHub App (forge.github.app)";
+            Verdict::yes(type_, reasons::PERSONAL_ACCESS_TOKEN, message)
+        }
+        _ => Verdict::yes(type_, reasons::OK, "the forge answers"),
+    }
 }
 
 fn ready(state: &PoolState) -> Verdict {

@@ -6,12 +6,13 @@ use jiff::SignedDuration;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::{Resource, ResourceExt};
-use mayfly_crds::{RunnerPool, RunnerPoolSpec, SecretKeyRef};
+use mayfly_crds::{Gitea, Github, RunnerPool, RunnerPoolSpec, SecretKeyRef};
 
 use super::accept::Rules;
 use super::registry::PoolKey;
 use crate::forge::Repository;
 use crate::forge::gitea::Scope;
+use crate::forge::github::{self, ConfigUrl};
 use crate::isolation::is_host_name;
 
 /// A pool whose spec makes sense.
@@ -24,14 +25,31 @@ pub(crate) struct Pool {
     /// When it was made; older pools are served first.
     pub(crate) created: Option<jiff::Timestamp>,
     pub(crate) spec: RunnerPoolSpec,
+    /// The forge, as the pool's Secrets name it.
     pub(crate) url: String,
-    pub(crate) host: String,
+    /// Host names at which runners reach it, the first that of `url`.
+    pub(crate) hosts: Vec<String>,
     pub(crate) port: u16,
-    pub(crate) scope: Scope,
-    pub(crate) token: SecretKeyRef,
+    pub(crate) source: Source,
     pub(crate) webhook_secret: Option<SecretKeyRef>,
     pub(crate) rules: Rules,
     pub(crate) deadlines: Deadlines,
+}
+
+/// Where a pool's jobs come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// A Gitea server.
+    Gitea { scope: Scope, token: SecretKeyRef },
+    /// A scale set of GitHub's.
+    GitHub { config: Box<github::Config>, credential: GitHubCredential },
+}
+
+/// With what GitHub knows a pool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum GitHubCredential {
+    App { client_id: String, installation_id: u64, key: SecretKeyRef },
+    Token(SecretKeyRef),
 }
 
 /// The pool's deadlines as durations.
@@ -51,26 +69,12 @@ pub(crate) struct Deadlines {
 /// One sentence for a person, naming the field.
 pub(crate) fn validate(pool: &RunnerPool) -> Result<Pool, String> {
     let spec = &pool.spec;
-    let gitea = match (&spec.forge.gitea, &spec.forge.github) {
-        (Some(gitea), None) => gitea,
-        (None, Some(_)) => return Err("spec.forge.github is not served by this version of Mayfly: use spec.forge.gitea".to_owned()),
+    let key = PoolKey { namespace: pool.namespace().unwrap_or_default(), name: pool.name_any() };
+    let found = match (&spec.forge.gitea, &spec.forge.github) {
+        (Some(gitea), None) => from_gitea(gitea)?,
+        (None, Some(github)) => from_github(github, &key)?,
         _ => return Err("spec.forge: name exactly one forge, gitea or github".to_owned()),
     };
-    let url = url(&gitea.url)?;
-    let scope = match (&gitea.scope.organization, &gitea.scope.repository, &gitea.scope.instance) {
-        (Some(organization), None, None) if Repository::parse(&format!("{organization}/x")).is_some() => {
-            Scope::Organization(organization.clone())
-        }
-        (None, Some(repository), None) => {
-            Scope::Repository(Repository::parse(repository).ok_or("spec.forge.gitea.scope.repository: write owner/name".to_owned())?)
-        }
-        (None, None, Some(_)) => Scope::Instance,
-        (Some(_), None, None) => return Err("spec.forge.gitea.scope.organization is not a name".to_owned()),
-        _ => return Err("spec.forge.gitea.scope: name exactly one of organization, repository and instance".to_owned()),
-    };
-    if gitea.labels.is_empty() {
-        return Err("spec.forge.gitea.labels: name at least one label".to_owned());
-    }
     if spec.scale.max == 0 || spec.scale.warm > spec.scale.max {
         return Err("spec.scale: max is at least 1, and warm at most max".to_owned());
     }
@@ -86,18 +90,17 @@ pub(crate) fn validate(pool: &RunnerPool) -> Result<Pool, String> {
         ));
     }
     Ok(Pool {
-        key: PoolKey { namespace: pool.namespace().unwrap_or_default(), name: pool.name_any() },
+        key,
         uid: pool.uid().unwrap_or_default(),
         owner: pool.controller_owner_ref(&()).unwrap_or_default(),
         generation: pool.meta().generation,
         created: pool.creation_timestamp().map(|time| time.0),
-        url: gitea.url.trim_end_matches('/').to_owned(),
-        host: url.0,
-        port: url.1,
-        scope,
-        token: gitea.token_secret_ref.clone(),
-        webhook_secret: gitea.webhook_secret_ref.clone(),
-        rules: Rules::new(&gitea.labels, &spec.jobs),
+        url: found.url,
+        hosts: found.hosts,
+        port: found.port,
+        source: found.source,
+        webhook_secret: found.webhook_secret,
+        rules: Rules::new(&found.labels, &spec.jobs),
         deadlines: Deadlines {
             start: duration("spec.deadlines.start", &spec.deadlines.start)?,
             idle: duration("spec.deadlines.idle", &spec.deadlines.idle)?,
@@ -107,38 +110,138 @@ pub(crate) fn validate(pool: &RunnerPool) -> Result<Pool, String> {
     })
 }
 
+/// What a pool says of its forge.
+struct Found {
+    url: String,
+    hosts: Vec<String>,
+    port: u16,
+    source: Source,
+    webhook_secret: Option<SecretKeyRef>,
+    labels: Vec<String>,
+}
+
+fn from_gitea(gitea: &Gitea) -> Result<Found, String> {
+    let (host, port) = url(&gitea.url)?;
+    let scope = match (&gitea.scope.organization, &gitea.scope.repository, &gitea.scope.instance) {
+        (Some(organization), None, None) if Repository::parse(&format!("{organization}/x")).is_some() => {
+            Scope::Organization(organization.clone())
+        }
+        (None, Some(repository), None) => {
+            Scope::Repository(Repository::parse(repository).ok_or("spec.forge.gitea.scope.repository: write owner/name".to_owned())?)
+        }
+        (None, None, Some(_)) => Scope::Instance,
+        (Some(_), None, None) => return Err("spec.forge.gitea.scope.organization is not a name".to_owned()),
+        _ => return Err("spec.forge.gitea.scope: name exactly one of organization, repository and instance".to_owned()),
+    };
+    if gitea.labels.is_empty() {
+        return Err("spec.forge.gitea.labels: name at least one label".to_owned());
+    }
+    Ok(Found {
+        url: gitea.url.trim_end_matches('/').to_owned(),
+        hosts: vec![host],
+        port,
+        source: Source::Gitea { scope, token: gitea.token_secret_ref.clone() },
+        webhook_secret: gitea.webhook_secret_ref.clone(),
+        labels: gitea.labels.clone(),
+    })
+}
+
+fn from_github(github: &Github, key: &PoolKey) -> Result<Found, String> {
+    let url = ConfigUrl::parse(&github.url).map_err(|why| format!("spec.forge.github.url: {why}"))?;
+    let credential = match (&github.app, &github.token_secret_ref) {
+        (Some(app), None) => GitHubCredential::App {
+            client_id: app.client_id.clone(),
+            installation_id: app.installation_id,
+            key: app.private_key_secret_ref.clone(),
+        },
+        (None, Some(token)) => GitHubCredential::Token(token.clone()),
+        _ => return Err("spec.forge.github: name exactly one credential, app or tokenSecretRef".to_owned()),
+    };
+    let name = github.scale_set.name.clone().unwrap_or_else(|| key.name.clone());
+    let label = |text: &String| !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+    let mut labels = vec![name.clone()];
+    labels.extend(github.scale_set.labels.iter().filter(|label| **label != name).cloned());
+    if let Some(bad) = labels.iter().find(|text| !label(text)) {
+        return Err(format!("spec.forge.github.scaleSet: {bad:?} is not a name of letters, digits, '.', '_' and '-'"));
+    }
+    let api = reqwest::Url::parse(&url.api).ok().and_then(|api| api.host_str().map(str::to_owned));
+    let mut hosts = vec![url.host.clone()];
+    hosts.extend(api.filter(|api| *api != url.host));
+    let group = github::Group {
+        name: github.runner_group.name.clone(),
+        allow_default_group: github.runner_group.allow_default_group,
+        allow_public_repositories: github.runner_group.allow_public_repositories,
+    };
+    Ok(Found {
+        url: url.text.clone(),
+        hosts,
+        port: url.port,
+        source: Source::GitHub {
+            config: Box::new(github::Config {
+                url,
+                scale_set: name,
+                labels: labels.clone(),
+                group,
+                owner: format!("mayfly {key}"),
+                poll: github::POLL,
+            }),
+            credential,
+        },
+        webhook_secret: github.webhook_secret_ref.clone(),
+        labels,
+    })
+}
+
 impl Pool {
-    /// Whether `other` looks at jobs of this repository on the same server.
+    /// Whether this pool looks at jobs of this repository, for a pool of the forge at `url`.
     pub(crate) fn scope_covers(&self, url: &str, repository: &Repository) -> bool {
-        // Gitea's names do not distinguish case.
-        same_server(&self.url, url)
-            && match &self.scope {
-                Scope::Instance => true,
-                Scope::Organization(name) => repository.owner().eq_ignore_ascii_case(name),
-                Scope::Repository(own) => own.as_str().eq_ignore_ascii_case(repository.as_str()),
+        match &self.source {
+            // Gitea's names do not distinguish case.
+            Source::Gitea { scope, .. } => {
+                same_server(&self.url, url)
+                    && match scope {
+                        Scope::Instance => true,
+                        Scope::Organization(name) => repository.owner().eq_ignore_ascii_case(name),
+                        Scope::Repository(own) => own.as_str().eq_ignore_ascii_case(repository.as_str()),
+                    }
             }
+            Source::GitHub { config, .. } => {
+                let host = |text: &str| {
+                    reqwest::Url::parse(text).ok().and_then(|url| Some((url.host_str()?.to_owned(), url.port_or_known_default())))
+                };
+                host(&self.url) == host(url) && config.url.covers(repository)
+            }
+        }
     }
 
     /// Whether both may accept the same job.
     pub(crate) fn may_overlap(&self, other: &Self) -> bool {
-        let meet = |a: &Scope, b: &Scope| match (a, b) {
-            (Scope::Instance, _) => true,
-            (Scope::Organization(a), Scope::Organization(b)) => a.eq_ignore_ascii_case(b),
-            (Scope::Organization(a), Scope::Repository(b)) => a.eq_ignore_ascii_case(b.owner()),
-            (Scope::Repository(a), Scope::Repository(b)) => a.as_str().eq_ignore_ascii_case(b.as_str()),
+        match (&self.source, &other.source) {
+            (Source::Gitea { scope, .. }, Source::Gitea { scope: others, .. }) => {
+                let meet = |a: &Scope, b: &Scope| match (a, b) {
+                    (Scope::Instance, _) => true,
+                    (Scope::Organization(a), Scope::Organization(b)) => a.eq_ignore_ascii_case(b),
+                    (Scope::Organization(a), Scope::Repository(b)) => a.eq_ignore_ascii_case(b.owner()),
+                    (Scope::Repository(a), Scope::Repository(b)) => a.as_str().eq_ignore_ascii_case(b.as_str()),
+                    _ => false,
+                };
+                same_server(&self.url, &other.url) && (meet(scope, others) || meet(others, scope)) && self.rules.may_overlap(&other.rules)
+            }
+            // GitHub gives a job to one scale set: two pools meet where both want to be the same one.
+            (Source::GitHub { config, .. }, Source::GitHub { config: others, .. }) => {
+                same_server(&self.url, &other.url) && config.scale_set.eq_ignore_ascii_case(&others.scale_set)
+            }
             _ => false,
-        };
-        same_server(&self.url, &other.url)
-            && (meet(&self.scope, &other.scope) || meet(&other.scope, &self.scope))
-            && self.rules.may_overlap(&other.rules)
+        }
     }
 
     /// Forge and scope in one line.
     pub(crate) fn scope_text(&self) -> String {
-        match &self.scope {
-            Scope::Instance => self.url.clone(),
-            Scope::Organization(name) => format!("{}/{name}", self.url),
-            Scope::Repository(name) => format!("{}/{name}", self.url),
+        match &self.source {
+            Source::Gitea { scope: Scope::Instance, .. } => self.url.clone(),
+            Source::Gitea { scope: Scope::Organization(name), .. } => format!("{}/{name}", self.url),
+            Source::Gitea { scope: Scope::Repository(name), .. } => format!("{}/{name}", self.url),
+            Source::GitHub { config, .. } => format!("{} ({})", self.url, config.scale_set),
         }
     }
 
@@ -198,10 +301,31 @@ pub(super) mod tests {
     const GITEA: &str =
         r#"{"url":"https://git.example:3000/","scope":{"organization":"acme"},"tokenSecretRef":{"name":"t"},"labels":["linux"]}"#;
 
+    const APP: &str = r#""app":{"clientId":"Iv1.a","installationId":7,"privateKeySecretRef":{"name":"k"}}"#;
+
+    fn github(url: &str, credential: &str, scale_set: &str) -> String {
+        let comma = if credential.is_empty() { "" } else { "," };
+        format!(r#"{{"forge":{{"github":{{"url":"{url}"{comma}{credential},"scaleSet":{scale_set}}}}}}}"#)
+    }
+
+    #[test]
+    fn a_pool_of_a_scale_set_is_taken_apart() {
+        let pool = |url: &str, set: &str| validate(&runner_pool(&github(url, APP, set))).expect("valid");
+        let acme = pool("https://github.com/acme/", r#"{"labels":["linux","ci"]}"#);
+        let Source::GitHub { config, .. } = &acme.source else { panic!("a scale set") };
+        assert_eq!((config.scale_set.as_str(), config.labels.join(" ").as_str()), ("ci", "ci linux"));
+        assert_eq!((acme.hosts.join(" ").as_str(), acme.port), ("github.com api.github.com", 443));
+        assert_eq!(acme.scope_text(), "https://github.com/acme (ci)");
+        let web = Repository::parse("acme/web").expect("a repository");
+        assert!(acme.scope_covers("https://github.com/other", &web) && !acme.scope_covers("https://git.example/acme", &web));
+        assert!(acme.may_overlap(&pool("https://github.com/acme", "{}")), "both want to be the scale set ci");
+        assert!(!acme.may_overlap(&pool("https://github.com/acme", r#"{"name":"gpu","labels":["linux"]}"#)));
+    }
+
     #[test]
     fn a_good_pool_is_taken_apart() {
         let pool = validate(&runner_pool(&format!(r#"{{"forge":{{"gitea":{GITEA}}}}}"#))).expect("valid");
-        assert_eq!((pool.host.as_str(), pool.port, pool.url.as_str()), ("git.example", 3000, "https://git.example:3000"));
+        assert_eq!((pool.hosts.join(" ").as_str(), pool.port, pool.url.as_str()), ("git.example", 3000, "https://git.example:3000"));
         assert_eq!(pool.deadlines.job, SignedDuration::from_hours(6));
         assert!(pool.scope_covers("https://git.example:3000", &Repository::parse("acme/web").expect("valid")));
         assert!(!pool.scope_covers("https://git.example:3000", &Repository::parse("evil/web").expect("valid")));
@@ -215,7 +339,12 @@ pub(super) mod tests {
         let cases = [
             ("exactly one forge", r#"{"forge":{}}"#.to_owned()),
             ("exactly one forge", format!(r#"{{"forge":{{"gitea":{GITEA},"github":{{"url":"x"}}}}}}"#)),
-            ("not served", r#"{"forge":{"github":{"url":"x"}}}"#.to_owned()),
+            ("github.url", github("ftp://x/acme", APP, "{}")),
+            ("github.url", github("https://github.com", APP, "{}")),
+            ("exactly one credential", github("https://github.com/acme", "", "{}")),
+            ("exactly one credential", github("https://github.com/acme", &format!(r#"{APP},"tokenSecretRef":{{"name":"t"}}"#), "{}")),
+            ("scaleSet", github("https://github.com/acme", APP, r#"{"name":"a&b"}"#)),
+            ("scaleSet", github("https://github.com/acme", APP, r#"{"labels":["a b"]}"#)),
             ("exactly one of", format!(r#"{{"forge":{}}}"#, gitea("{}"))),
             ("exactly one of", format!(r#"{{"forge":{}}}"#, gitea(r#"{"organization":"a","instance":{}}"#))),
             ("owner/name", format!(r#"{{"forge":{}}}"#, gitea(r#"{"repository":"../../admin"}"#))),

@@ -135,17 +135,17 @@ async fn hand_over(api: &GateApi, headers: &HeaderMap) -> Result<Response, Refus
     // From here on the caller may vanish at any moment; what was begun is finished and remembered all the same.
     let (ctx, name) = (api.ctx.clone(), pod.name.clone());
     let task = api.ctx.tasks.spawn(async move {
-        let result = forge.register(&job.key.repository, &name, &job.labels).await;
+        let result = forge.register(&job.reach, &name).await;
         let registration = match result {
             Ok(registration) => registration,
             Err(error) => {
-                tracing::warn!(pool = %handle.key, pod = name, job = %job.key, %error, "a runner could not be registered");
+                tracing::warn!(pool = %handle.key, pod = name, job = %job, %error, "a runner could not be registered");
                 handle.registration_failed(&name, &error.to_string());
                 ctx.registry.wake(handle.key.clone());
                 return Err(Refusal(StatusCode::GONE, "the forge did not register the runner"));
             }
         };
-        tracing::info!(pool = %handle.key, pod = name, job = %job.key, runner = registration.key.id, "registered a runner");
+        tracing::info!(pool = %handle.key, pod = name, job = %job, runner = registration.key.id, "registered a runner");
         handle.registered(&name, registration.key, registration.credential, ctx.now());
         Ok(registration.hand_over)
     });

@@ -36,8 +36,10 @@ const GRACE_SECONDS: i64 = 10;
 pub(crate) struct PodSettings {
     /// Image of `mayfly-gate`.
     pub(crate) gate_image: String,
-    /// Runner image of pools that name none.
+    /// Runner image of Gitea pools that name none.
     pub(crate) runner_image: String,
+    /// Runner image of GitHub pools that name none.
+    pub(crate) github_runner_image: String,
     /// When the kubelet pulls the gate's image, and the runner's where the pool does not say.
     pub(crate) image_pull_policy: String,
     /// Base URL of the gate API, as pods reach it.
@@ -172,6 +174,7 @@ fn gate(sentinels: &[IpAddr], settings: &PodSettings) -> Container {
 
 fn runner(spec: &RunnerPoolSpec, settings: &PodSettings) -> Container {
     let wanted = &spec.runner;
+    let default_image = if spec.forge.github.is_some() { &settings.github_runner_image } else { &settings.runner_image };
     let mut limits = default_quantities(&[("cpu", "2"), ("memory", "4Gi"), ("ephemeral-storage", "12Gi")]);
     limits.extend(wanted.resources.limits.clone());
     // A request above its limit is refused by the API server, so defaults only fill what the limits leave room for.
@@ -186,7 +189,7 @@ fn runner(spec: &RunnerPoolSpec, settings: &PodSettings) -> Container {
     environment.extend(wanted.env.iter().map(|variable| env(&variable.name, &variable.value)));
     Container {
         name: RUNNER_CONTAINER.to_owned(),
-        image: Some(wanted.image.clone().unwrap_or_else(|| settings.runner_image.clone())),
+        image: Some(wanted.image.clone().unwrap_or_else(|| default_image.clone())),
         image_pull_policy: Some(
             wanted.image_pull_policy.map_or_else(|| settings.image_pull_policy.clone(), |policy| policy.as_str().to_owned()),
         ),

@@ -27,12 +27,14 @@ use crate::cli::Settings;
 use crate::forge::gitea::Gitea;
 use crate::isolation::{Controls, Names, no_forge_at};
 use crate::kube_io::KubeIo;
-use crate::pool::{self, Context, Pools};
+use crate::pool::{self, Context, Deaf, Pools};
 use crate::runner::tls::{self, GateTls};
 use crate::runner::{handoff, sessions};
 
 /// How long open requests and passes may take to end.
 const GRACE: Duration = Duration::from_secs(8);
+/// Longest silence on a connection to the API server.
+const SILENCE: Duration = Duration::from_secs(100);
 /// How long a caller of any server may take to send its request's headers.
 const HEADERS: Duration = Duration::from_secs(10);
 
@@ -47,6 +49,8 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
 
     let mut config = kube::Config::infer().await.context("no cluster: neither a kubeconfig nor a pod's service account was found")?;
     config.headers.push((axum::http::header::USER_AGENT, axum::http::HeaderValue::from_static(crate::kube_io::MANAGER)));
+    // A watch hears a bookmark every minute, if nothing else: one that does not is the end of a connection whose other end is gone.
+    config.read_timeout = Some(SILENCE);
     let client = Client::try_from(config).context("the cluster's configuration cannot be used")?;
     let namespace = settings.cluster.operator_namespace.clone();
     let io = KubeIo::new(client.clone(), settings.instance.clone(), metrics.clone());
@@ -56,7 +60,8 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
 
     let (registry, wakes) = Pools::new();
     let registry = Arc::new(registry);
-    let (stores, root) = watches::start(&client, &namespace, &registry, &mut parts, &stop);
+    let deaf = Arc::new(Deaf::default());
+    let (stores, root) = watches::start(&client, &namespace, &registry, &deaf, &mut parts, &stop);
     let dialects = dialects::start(&client, &registry, &mut parts, &stop);
     let pools = stores.pools.clone();
     let ctx = Arc::new(Context {
@@ -66,6 +71,7 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
         registry,
         pools: stores.pools.clone(),
         pods: stores.pods.clone(),
+        deaf,
         secrets: stores.secrets.clone(),
         policies: stores.policies.clone(),
         dialects: dialects.clone(),
@@ -111,8 +117,11 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
         signal = end_signal() => signal,
     };
     stop.cancel();
+    let registry = ctx.registry.clone();
     let drain = async {
         while parts.join_next().await.is_some() {}
+        // After the last pass, which could make them anew.
+        registry.let_go();
         ctx.tasks.close();
         ctx.tasks.wait().await;
     };

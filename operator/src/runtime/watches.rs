@@ -6,7 +6,7 @@ use std::hash::Hash;
 use std::sync::Arc;
 
 use anyhow::{Result, anyhow};
-use futures::{Stream, StreamExt, TryStreamExt};
+use futures::{Stream, StreamExt};
 use k8s_openapi::api::apps::v1::{DaemonSet, DaemonSetSpec};
 use k8s_openapi::api::core::v1::{Node, NodeStatus, Pod, PodSpec, PodTemplateSpec, Secret};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
@@ -21,7 +21,7 @@ use serde::de::DeserializeOwned;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::pool::{Guarded, PoolKey, Pools, looked_at};
+use crate::pool::{Deaf, Guarded, PoolKey, Pools, looked_at};
 use crate::runner::phase;
 
 /// The caches.
@@ -54,6 +54,7 @@ pub(super) fn start(
     client: &Client,
     namespace: &str,
     registry: &Arc<Pools>,
+    deaf: &Arc<Deaf>,
     parts: &mut JoinSet<Result<&'static str>>,
     stop: &CancellationToken,
 ) -> (Stores, impl Stream<Item = Result<Guarded, watcher::Error>> + Send + 'static + use<>) {
@@ -66,6 +67,7 @@ pub(super) fn start(
         .applied_objects()
         .predicate_filter(combined(), kube::runtime::PredicateConfig::default());
 
+    let never = Arc::new(Deaf::default());
     let wake_of = |registry: &Arc<Pools>| {
         let registry = registry.clone();
         move |namespace: Option<String>, pool: Option<&String>| {
@@ -76,7 +78,8 @@ pub(super) fn start(
     };
     let wake = wake_of(registry);
     let mut phases = HashMap::new();
-    let pods = watch(parts, stop, "pods", Api::<Pod>::all(client.clone()), managed.clone(), strip_pod, move |pod: &Pod, gone: bool| {
+    let all = Api::<Pod>::all(client.clone());
+    let pods = watch(parts, stop, "pods", deaf, all, managed.clone(), strip_pod, move |pod: &Pod, gone: bool| {
         // A pod says a dozen things while it starts; a pass is due when one of them changes what is to be done.
         let before = match gone {
             true => phases.remove(&pod.uid()),
@@ -87,16 +90,17 @@ pub(super) fn start(
         }
     });
     let wake = wake_of(registry);
-    let policies =
-        watch(parts, stop, "policies", Api::<NetworkPolicy>::all(client.clone()), managed, strip, move |policy: &NetworkPolicy, _| {
-            wake(policy.namespace(), policy.labels().get(LABEL_POOL));
-        });
+    let all = Api::<NetworkPolicy>::all(client.clone());
+    let policies = watch(parts, stop, "policies", &never, all, managed, strip, move |policy: &NetworkPolicy, _| {
+        wake(policy.namespace(), policy.labels().get(LABEL_POOL));
+    });
     // A token that comes late or changes: every pool looks again.
     let all = registry.clone();
     let secrets = watch(
         parts,
         stop,
         "secrets",
+        &never,
         Api::<Secret>::namespaced(client.clone(), namespace),
         watcher::Config::default(),
         strip,
@@ -110,7 +114,7 @@ pub(super) fn start(
             all.all().iter().for_each(|handle| all.wake(handle.key.clone()));
         }
     };
-    let nodes = watch(parts, stop, "nodes", Api::<Node>::all(client.clone()), watcher::Config::default(), strip_node, changed);
+    let nodes = watch(parts, stop, "nodes", &never, Api::<Node>::all(client.clone()), watcher::Config::default(), strip_node, changed);
     let (all, mut seen) = (registry.clone(), HashMap::new());
     let changed = move |set: &DaemonSet, gone: bool| {
         let now = (!gone).then_some(set.metadata.generation);
@@ -119,11 +123,11 @@ pub(super) fn start(
         }
     };
     let sets = Api::<DaemonSet>::all(client.clone());
-    let daemon_sets = watch(parts, stop, "DaemonSets", sets, watcher::Config::default(), strip_daemon_set, changed);
+    let daemon_sets = watch(parts, stop, "DaemonSets", &never, sets, watcher::Config::default(), strip_daemon_set, changed);
     // By RBAC this one object and no other.
     let own = watcher::Config::default().fields("metadata.name=kubernetes");
     let api = Api::<EndpointSlice>::namespaced(client.clone(), "default");
-    let api_endpoints = watch(parts, stop, "API server's endpoints", api, own, strip, |_: &EndpointSlice, _| {});
+    let api_endpoints = watch(parts, stop, "API server's endpoints", &never, api, own, strip, |_: &EndpointSlice, _| {});
     (Stores { pools, pods, secrets, policies, nodes, daemon_sets, api_endpoints }, root)
 }
 
@@ -133,11 +137,13 @@ fn combined() -> impl kube::runtime::Predicate<Guarded> {
     predicates::generation.combine(predicates::finalizers)
 }
 
-/// One reflector as a part of the process; `touched` sees every object that came or changed, and (with true) every one that went.
+/// One reflector as a part of the process, which begins anew where it is told that it hears nothing; `touched` sees every object that came
+/// or changed, and (with true) every one that went.
 fn watch<K>(
     parts: &mut JoinSet<Result<&'static str>>,
     stop: &CancellationToken,
     name: &'static str,
+    deaf: &Arc<Deaf>,
     api: Api<K>,
     config: watcher::Config,
     strip: fn(&mut K),
@@ -147,21 +153,35 @@ where
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
     K::DynamicType: Eq + Hash + Clone + Default,
 {
-    let writer = Writer::<K>::default();
+    let mut writer = Writer::<K>::default();
     let store = writer.as_reader();
-    let stream = watcher(api, config).default_backoff().modify(strip).reflect(writer);
-    let stop = stop.clone();
+    let (stop, deaf) = (stop.clone(), deaf.clone());
     parts.spawn(async move {
-        let watching = stream.inspect_err(|error| tracing::warn!(%error, "watch of {name}")).for_each(|event| {
-            match &event {
-                Ok(Event::Apply(object) | Event::InitApply(object)) => touched(object, false),
-                Ok(Event::Delete(object)) => touched(object, true),
-                Ok(Event::Init | Event::InitDone) | Err(_) => {}
+        loop {
+            let mut stream = watcher(api.clone(), config.clone()).default_backoff().modify(strip).boxed();
+            let watching = async {
+                while let Some(event) = stream.next().await {
+                    let event = match event {
+                        Ok(event) => event,
+                        Err(error) => {
+                            tracing::warn!(%error, "watch of {name}");
+                            continue;
+                        }
+                    };
+                    writer.apply_watcher_event(&event);
+                    match &event {
+                        Event::Apply(object) | Event::InitApply(object) => touched(object, false),
+                        Event::Delete(object) => touched(object, true),
+                        Event::Init | Event::InitDone => {}
+                    }
+                }
+            };
+            tokio::select! {
+                () = watching => return Ok(name),
+                () = stop.cancelled() => return Ok(name),
+                () = deaf.told() => tracing::warn!("the watch of {name} hears nothing; it begins anew"),
             }
-            futures::future::ready(())
-        });
-        tokio::select! { () = watching => {}, () = stop.cancelled() => {} }
-        Ok(name)
+        }
     });
     store
 }

@@ -9,12 +9,13 @@ mod wire;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures::{StreamExt, TryStreamExt, stream};
 use reqwest::{Method, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::address::{Refuse, Resolver};
-use super::{Forge, ForgeError, Job, JobKey, JobState, RegisteredRunner, Registration, Removal, Repository, Run, RunnerKey, Secret};
+use super::{Forge, ForgeError, Job, JobKey, JobState, Reach, RegisteredRunner, Registration, Removal, Repository, Run, RunnerKey, Secret};
 
 /// Entries asked for per page: Gitea's own default limit (`[api] MAX_RESPONSE_ITEMS`); a server may be set to give fewer.
 const PAGE: usize = 50;
@@ -22,6 +23,8 @@ const PAGE: usize = 50;
 const JOB_PAGES: usize = 40;
 /// Most pages read of any other list, which have to be whole.
 const MAX_PAGES: usize = 1_000;
+/// Repositories asked at the same time.
+const CONCURRENCY: usize = 8;
 /// Longest answer read, in bytes.
 const MAX_ANSWER: usize = 16 << 20;
 /// Deadline of one call.
@@ -136,6 +139,37 @@ impl Gitea {
         }
         if most == JOB_PAGES { Ok(all) } else { Err(ForgeError::Unexpected(format!("{what}: the list does not end"))) }
     }
+
+    /// Runners registered for this repository itself (not those it inherits).
+    async fn runners_of(&self, repository: &Repository) -> Result<Vec<RegisteredRunner>, ForgeError> {
+        let path = format!("/repos/{repository}/actions/runners");
+        let runners =
+            self.pages(&path, "runners of the repository", MAX_PAGES, |list: wire::Runners| (list.runners, list.total_count)).await?;
+        let key = |id: u64| RunnerKey { repository: Some(repository.clone()), id };
+        Ok(runners.into_iter().map(|runner| RegisteredRunner { key: key(runner.id), name: runner.name }).collect())
+    }
+
+    /// Every repository of the scope.
+    async fn repositories(&self) -> Result<Vec<Repository>, ForgeError> {
+        let names = match &self.scope {
+            Scope::Repository(repository) => return Ok(vec![repository.clone()]),
+            Scope::Organization(name) => {
+                let path = format!("/orgs/{name}/repos");
+                self.pages(&path, "repositories of the organization", MAX_PAGES, |list: Vec<wire::Repo>| (list, None)).await?
+            }
+            Scope::Instance => {
+                self.pages("/repos/search", "repositories of the server", MAX_PAGES, |list: wire::RepoSearch| (list.data, None)).await?
+            }
+        };
+        Ok(names.iter().filter(|repo| repo.has_actions).filter_map(|repo| Repository::parse(&repo.full_name)).collect())
+    }
+
+    /// The path of a runner; its repository is always named here.
+    fn runner_path(runner: &RunnerKey) -> Result<String, ForgeError> {
+        let missing = || ForgeError::Unexpected("a runner without its repository".to_owned());
+        let repository = runner.repository.as_ref().ok_or_else(missing)?;
+        Ok(format!("/api/v1/repos/{repository}/actions/runners/{}", runner.id))
+    }
 }
 
 #[async_trait]
@@ -143,10 +177,9 @@ impl Forge for Gitea {
     async fn jobs(&self, state: JobState) -> Result<Vec<Job>, ForgeError> {
         let status = wire::status_filter(state);
         let path = format!("{}/actions/jobs?status={status}", self.scope_path());
-        let jobs = self.pages(&path, "jobs of the scope", JOB_PAGES, |list: wire::Jobs| (list.jobs, list.total_count)).await?;
-        let mut jobs: Vec<Job> = jobs.into_iter().filter_map(wire::Job::into_job).filter(|j| j.state == state).collect();
-        jobs.sort_by_key(|job| job.key.id);
-        Ok(jobs)
+        let mut jobs = self.pages(&path, "jobs of the scope", JOB_PAGES, |list: wire::Jobs| (list.jobs, list.total_count)).await?;
+        jobs.sort_by_key(|job| job.id);
+        Ok(jobs.into_iter().filter_map(wire::Job::into_job).filter(|job| job.state == state).collect())
     }
 
     async fn job(&self, job: &JobKey) -> Result<Option<Job>, ForgeError> {
@@ -177,7 +210,14 @@ impl Forge for Gitea {
         Ok(Run { event: run.event, workflow, git_ref, fork })
     }
 
-    async fn register(&self, repository: &Repository, name: &str, labels: &[String]) -> Result<Registration, ForgeError> {
+    fn reach(&self, job: &Job) -> Reach {
+        Reach { repository: Some(job.key.repository.clone()), labels: job.labels.clone() }
+    }
+
+    async fn register(&self, reach: &Reach, name: &str) -> Result<Registration, ForgeError> {
+        let Reach { repository: Some(repository), labels } = reach else {
+            return Err(ForgeError::Unexpected("a runner is registered for a repository, and none is named".to_owned()));
+        };
         // The token is good for any number of runners until somebody resets it: it stays in this function.
         let path = format!("/repos/{repository}/actions/runners/registration-token");
         let token: wire::RegistrationToken = self.rest(Method::POST, &path, "the registration token of the repository").await?;
@@ -196,38 +236,29 @@ impl Forge for Gitea {
                 "the server registered a runner for more than one job; it has to be Gitea 1.25 or later".to_owned(),
             ));
         }
-        let key = RunnerKey { repository: repository.clone(), id: runner.id };
+        let key = RunnerKey { repository: Some(repository.clone()), id: runner.id };
         let credential = Secret::new(runner.credential());
         let hand_over = wire::RunnerFile::new(&self.base, name, labels, &runner).to_json();
         Ok(Registration { key, hand_over: Secret::new(hand_over), credential })
     }
 
-    async fn runners(&self, repository: &Repository) -> Result<Vec<RegisteredRunner>, ForgeError> {
-        let path = format!("/repos/{repository}/actions/runners");
-        let runners =
-            self.pages(&path, "runners of the repository", MAX_PAGES, |list: wire::Runners| (list.runners, list.total_count)).await?;
-        Ok(runners
-            .into_iter()
-            .map(|runner| RegisteredRunner { key: RunnerKey { repository: repository.clone(), id: runner.id }, name: runner.name })
-            .collect())
-    }
-
-    async fn repositories(&self) -> Result<Vec<Repository>, ForgeError> {
-        let names = match &self.scope {
-            Scope::Repository(repository) => return Ok(vec![repository.clone()]),
-            Scope::Organization(name) => {
-                let path = format!("/orgs/{name}/repos");
-                self.pages(&path, "repositories of the organization", MAX_PAGES, |list: Vec<wire::Repo>| (list, None)).await?
-            }
-            Scope::Instance => {
-                self.pages("/repos/search", "repositories of the server", MAX_PAGES, |list: wire::RepoSearch| (list.data, None)).await?
-            }
-        };
-        Ok(names.iter().filter(|repo| repo.has_actions).filter_map(|repo| Repository::parse(&repo.full_name)).collect())
+    async fn runners(&self) -> Result<Vec<RegisteredRunner>, ForgeError> {
+        let lists: Vec<Vec<RegisteredRunner>> = stream::iter(self.repositories().await?)
+            .map(|repository| async move {
+                match self.runners_of(&repository).await {
+                    // A repository that vanished, or in which the token may not manage runners: Mayfly has none there.
+                    Err(ForgeError::NotFound { .. } | ForgeError::Unauthorized { .. }) => Ok(Vec::new()),
+                    other => other,
+                }
+            })
+            .buffer_unordered(CONCURRENCY)
+            .try_collect()
+            .await?;
+        Ok(lists.into_iter().flatten().collect())
     }
 
     async fn pause(&self, runner: &RunnerKey) -> Result<Removal, ForgeError> {
-        let path = format!("/api/v1/repos/{}/actions/runners/{}", runner.repository, runner.id);
+        let path = Self::runner_path(runner)?;
         let body = wire::EditRunner { disabled: true };
         let answer = self.send(Method::PATCH, &path, "the pause of a runner", Some(&body), Some(&self.token)).await;
         done_or_gone(answer)
@@ -251,7 +282,7 @@ impl Forge for Gitea {
     }
 
     async fn deregister(&self, runner: &RunnerKey) -> Result<Removal, ForgeError> {
-        let path = format!("/api/v1/repos/{}/actions/runners/{}", runner.repository, runner.id);
+        let path = Self::runner_path(runner)?;
         let answer = self.send::<()>(Method::DELETE, &path, "the removal of a runner", None, Some(&self.token)).await;
         done_or_gone(answer)
     }

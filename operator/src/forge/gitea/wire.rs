@@ -13,7 +13,7 @@ pub(super) struct Jobs {
 
 #[derive(Deserialize)]
 pub(super) struct Job {
-    id: u64,
+    pub(super) id: u64,
     #[serde(default)]
     url: String,
     #[serde(default)]
@@ -38,7 +38,7 @@ impl Job {
             _ => JobState::Blocked,
         };
         Some(forge::Job {
-            key: JobKey { repository: repository_of(&self.url)?, id: self.id },
+            key: JobKey { repository: repository_of(&self.url)?, id: self.id.into() },
             run: self.run_id,
             state,
             labels: self.labels.unwrap_or_default(),

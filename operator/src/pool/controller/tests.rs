@@ -54,6 +54,7 @@ fn context(server: &Server, pods: &[Pod]) -> Arc<Context> {
         registry: Arc::new(Pools::new().0),
         pools: reflector::store().0,
         pods: writer.as_reader(),
+        deaf: Arc::default(),
         secrets: reflector::store().0,
         policies: reflector::store().0,
         dialects: Arc::new(Dialects::new(reflector::store().0)),

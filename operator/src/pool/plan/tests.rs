@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::forge::Repository;
+use crate::forge::{Reach, Repository};
 
 fn now() -> Timestamp {
     Timestamp::from_second(1_000_000).expect("a time")
@@ -13,7 +13,8 @@ fn ago(seconds: i64) -> Timestamp {
 
 fn job(id: u64) -> OwedJob {
     let repository = Repository::parse(&format!("acme/r{}", id % 2)).expect("a repository");
-    OwedJob { key: JobKey { repository, id }, labels: vec!["linux".to_owned()] }
+    let reach = Reach { repository: Some(repository.clone()), labels: vec!["linux".to_owned()] };
+    OwedJob { key: Some(JobKey { repository, id: id.into() }), reach }
 }
 
 fn pod(name: &str, role: Role) -> PodFacts {
@@ -36,7 +37,7 @@ fn input(max: u32, queued: Vec<OwedJob>, pods: Vec<PodFacts>) -> Input {
 }
 
 fn busy(refused: Option<Refusal>) -> Role {
-    Role::Busy { job: job(1).key, since: ago(5), refused }
+    Role::Busy { job: job(1).key.expect("a key"), since: ago(5), refused }
 }
 
 fn idle_for(job: OwedJob, seconds: i64) -> Role {
@@ -159,7 +160,8 @@ fn a_runner_whose_registration_got_lost_is_taken_back_at_once() {
 #[test]
 fn without_the_forge_only_what_is_over_stuck_or_overdue_goes() {
     let over = PodFacts { phase: Phase::Over { success: true, reason: None }, ..pod("over", busy(None)) };
-    let late = PodFacts { role: Role::Busy { job: job(1).key, since: ago(7 * 3600), refused: None }, ..pod("late", Role::Done) };
+    let late =
+        PodFacts { role: Role::Busy { job: job(1).key.expect("a key"), since: ago(7 * 3600), refused: None }, ..pod("late", Role::Done) };
     let pods = vec![over, late, pod("idle", idle_for(job(1), 60)), pod("waits", Role::Waiting { ready: true }), pod("old", Role::Unknown)];
     let plan_ = plan_blind(&input(10, vec![], pods));
     let names: Vec<_> = plan_.delete.iter().map(|deletion| deletion.name.as_str()).collect();

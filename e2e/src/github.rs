@@ -1,0 +1,146 @@
+//! The GitHub simulator in the outside world, and pools that are served from it, for the demo, the tests and the benchmarks.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use k8s_openapi::ByteString;
+use k8s_openapi::api::core::v1::Secret;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::api::{Patch, PatchParams};
+use kube::{Api, ResourceExt};
+use mayfly_cluster::World as Place;
+use mayfly_crds::RunnerPool;
+use mayfly_crds::names::{ANNOTATION_FORGE, ANNOTATION_POOL_NAMESPACES, RunnerName};
+use mayfly_github_simulator::client::Simulator;
+use mayfly_github_simulator::control::{NewApp, NewGroup, NewOrganization, NewRepository};
+use serde_json::{Value, json};
+
+use crate::wait::eventually;
+use crate::world::{SYSTEM, built};
+use crate::{World, pool};
+
+/// Port of the simulator, at the address of the outside world's other forge.
+const PORT: u16 = 8480;
+/// What it is called among the programs of the outside world.
+const NAME: &str = "github-simulator";
+/// The runner group that pools are in.
+const GROUP: &str = "runners";
+
+/// An organization at the simulated GitHub, with an App that is installed in it.
+#[derive(Clone)]
+pub struct Organization {
+    /// Its name.
+    pub name: String,
+    /// The simulator, by its control API.
+    pub simulator: Simulator,
+    /// Base address for pods and operator.
+    pub url: String,
+    /// The App.
+    pub app: NewApp,
+    /// Number of its installation.
+    pub installation: i64,
+}
+
+/// Has the simulator run. Everything of an earlier one is kept.
+///
+/// # Errors
+/// When it does not answer.
+pub async fn start(world: &World) -> Result<Simulator> {
+    let base = |url: &str| -> Result<String> {
+        let authority = url.split_once("://").context("the forge's address has a scheme")?.1;
+        let host = authority.split('/').next().unwrap_or_default().rsplit_once(':').map_or(authority, |(host, _)| host);
+        Ok(format!("http://{host}:{PORT}"))
+    };
+    let public = base(&world.access.url)?.replace("://forge.", "://github.");
+    let program = built()?.join(NAME).display().to_string();
+    let listen = format!("0.0.0.0:{PORT}");
+    world.cluster.start(Place::Outside, NAME, &[&program, "--listen", &listen, "--public-url", &public])?;
+    let simulator = Simulator::new(&base(&world.access.local_url)?, b"");
+    eventually("the GitHub simulator answers", Duration::from_secs(10), || async {
+        Ok(simulator.call("GET", "settings", Vec::new()).await.is_ok().then_some(()))
+    })
+    .await?;
+    Ok(simulator)
+}
+
+impl Organization {
+    /// Makes an organization with the private repository `repository`, a runner group and an installed App.
+    ///
+    /// # Errors
+    /// With the simulator's answer.
+    pub async fn create(world: &World, name: &str, repository: &str) -> Result<Self> {
+        let simulator = start(world).await?;
+        simulator.organization(&NewOrganization { login: name.to_owned(), enterprise: None }).await?;
+        let repository = NewRepository { owner: name.to_owned(), name: repository.to_owned(), ..NewRepository::default() };
+        simulator.repository(&repository).await?;
+        let group = NewGroup { place: name.to_owned(), name: GROUP.to_owned(), ..NewGroup::default() };
+        simulator.runner_group(&group).await?;
+        let (app, installation) = simulator.app(name).await?;
+        let about = simulator.call("GET", "", Vec::new()).await?;
+        let url = about["url"].as_str().context("the simulator tells its address")?.to_owned();
+        Ok(Self { name: name.to_owned(), simulator, url, app, installation })
+    }
+
+    /// The address of the pool: the organization's.
+    pub fn config_url(&self) -> String {
+        format!("{}/{}", self.url, self.name)
+    }
+
+    /// Puts the App's key where the operator looks for it, for the pools of one namespace. Returns the Secret's name.
+    ///
+    /// # Errors
+    /// With the API server's answer.
+    pub async fn secret(&self, world: &World, namespace: &str) -> Result<String> {
+        let name = format!("forge-{}", self.name);
+        let secret = Secret {
+            metadata: ObjectMeta {
+                name: Some(name.clone()),
+                annotations: Some(BTreeMap::from([
+                    (ANNOTATION_FORGE.to_owned(), self.config_url()),
+                    (ANNOTATION_POOL_NAMESPACES.to_owned(), namespace.to_owned()),
+                ])),
+                ..ObjectMeta::default()
+            },
+            data: Some(BTreeMap::from([("key.pem".to_owned(), ByteString(self.app.private_key.clone().into_bytes()))])),
+            ..Secret::default()
+        };
+        let params = PatchParams::apply("mayfly-e2e").force();
+        Api::<Secret>::namespaced(world.client.clone(), SYSTEM).patch(&name, &params, &Patch::Apply(&secret)).await?;
+        Ok(name)
+    }
+
+    /// The manifest of a pool that serves the organization with the scale set `linux`; `change` may change it before it is applied.
+    pub fn manifest(&self, namespace: &str, name: &str, change: impl FnOnce(&mut Value)) -> Value {
+        let app = json!({"clientId": self.app.client_id, "installationId": self.installation,
+            "privateKeySecretRef": {"name": format!("forge-{}", self.name), "key": "key.pem"}});
+        let forge =
+            json!({"github": {"url": self.config_url(), "app": app, "runnerGroup": {"name": GROUP}, "scaleSet": {"name": "linux"}}});
+        pool::manifest_of(forge, namespace, name, change)
+    }
+
+    /// Registrations that runners of this pool have.
+    ///
+    /// # Errors
+    /// With the simulator's answer.
+    pub async fn registrations(&self, of: &RunnerPool) -> Result<Vec<String>> {
+        let uid = of.uid().unwrap_or_default();
+        let runners = self.simulator.runners().await?;
+        let names = runners.iter().filter_map(|runner| runner["name"].as_str()).filter(|name| RunnerName::is_of_pool(name, &uid));
+        Ok(names.map(str::to_owned).collect())
+    }
+
+    /// Waits until the pool has neither pods nor registrations.
+    ///
+    /// # Errors
+    /// When something stays; it is named.
+    pub async fn nothing_left(&self, world: &World, of: &RunnerPool) -> Result<()> {
+        let (namespace, name) = (of.namespace().unwrap_or_default(), of.name_any());
+        eventually(format!("nothing left of {namespace}/{name}"), Duration::from_secs(60), || async {
+            let (pods, runners) = (pool::pods(world, &namespace, &name).await?, self.registrations(of).await?);
+            anyhow::ensure!(pods.is_empty() && runners.is_empty(), "{} pod(s), registrations {runners:?}", pods.len());
+            Ok(Some(()))
+        })
+        .await
+    }
+}

@@ -1,0 +1,221 @@
+//! Jobs of a scale set. GitHub is a simulator here that other people's clients agree with, and the runner a stand-in for GitHub's.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::core::v1::{Namespace, Pod};
+use k8s_openapi::api::events::v1::Event as KubeEvent;
+use kube::api::{DeleteParams, ListParams};
+use kube::{Api, ResourceExt};
+use mayfly_cluster::command::random_hex;
+use mayfly_crds::names::ANNOTATION_JOB;
+use mayfly_crds::{RunnerPool, RunnerPoolStatus};
+use mayfly_e2e::github::Organization;
+use mayfly_e2e::stage::{PATIENCE, POOL, alone, turn};
+use mayfly_e2e::wait::eventually;
+use mayfly_e2e::world::SYSTEM;
+use mayfly_e2e::{World, pool};
+use mayfly_github_simulator::model::{Event, Fault};
+use serde_json::{Value, json};
+
+/// An organization at the simulated GitHub with a pool of its own.
+struct Stage {
+    world: World,
+    organization: Organization,
+    namespace: String,
+}
+
+impl Stage {
+    async fn set(name: &str) -> Result<Self> {
+        let world = World::connect().await?;
+        let name = format!("t-{name}-{}", random_hex(3)?);
+        let organization = Organization::create(&world, &name, "web").await?;
+        pool::namespace(&world, &name).await?;
+        organization.secret(&world, &name).await?;
+        Ok(Self { world, organization, namespace: name })
+    }
+
+    async fn pool(&self, change: impl FnOnce(&mut Value)) -> Result<RunnerPool> {
+        let applied = pool::apply(&self.world, &self.organization.manifest(&self.namespace, POOL, change)).await?;
+        pool::condition(&self.world, &self.namespace, POOL, "Ready", "True").await?;
+        eventually("the pool's first proof", PATIENCE, || async {
+            Ok((!self.status().await?.isolation.is_empty() && self.pods().await?.is_empty()).then_some(()))
+        })
+        .await?;
+        Ok(applied)
+    }
+
+    /// Pushes a workflow of one job that runs `script`; returns its run.
+    async fn push(&self, file: &str, script: &str) -> Result<i64> {
+        let repository = format!("{}/web", self.organization.name);
+        let workflow = json!({"on": "push", "jobs": {"job": {"runs-on": "linux", "steps": [{"run": script}]}}});
+        self.organization.simulator.workflow(&repository, file, &workflow.to_string()).await?;
+        let event = Event { workflow: Some(file.to_owned()), ..Event::default() };
+        self.organization.simulator.dispatch(&repository, &event).await?.pop().context("a run")
+    }
+
+    async fn succeeds(&self, run: i64) -> Result<String> {
+        let job = self.organization.simulator.finished(run, PATIENCE).await?.pop().context("a job")?;
+        ensure!(job.conclusion.as_deref() == Some("success"), "{:?}; its log:\n{}", job.conclusion, job.log);
+        Ok(job.log)
+    }
+
+    async fn runs(&self, run: i64) -> Result<()> {
+        eventually(format!("run {run} has a runner; {:?}", self.status().await?.conditions), PATIENCE, || async {
+            Ok(self.organization.simulator.jobs(run).await?.iter().all(|job| job.state == "running").then_some(()))
+        })
+        .await
+    }
+
+    async fn pods(&self) -> Result<Vec<Pod>> {
+        pool::pods(&self.world, &self.namespace, POOL).await
+    }
+
+    async fn status(&self) -> Result<RunnerPoolStatus> {
+        let found = pool::pools(&self.world, &self.namespace).get_opt(POOL).await?;
+        Ok(found.and_then(|pool| pool.status).unwrap_or_default())
+    }
+
+    async fn events(&self, reason: &str) -> Result<Vec<String>> {
+        let events: Api<KubeEvent> = Api::namespaced(self.world.client.clone(), &self.namespace);
+        let found = events.list(&ListParams::default()).await?.items.into_iter();
+        Ok(found.filter(|event| event.reason.as_deref() == Some(reason)).filter_map(|event| event.note).collect())
+    }
+
+    async fn scale_set(&self) -> Result<Option<Value>> {
+        let place = self.organization.name.clone();
+        let sets = self.organization.simulator.scale_sets().await?;
+        Ok(sets.into_iter().find(|set| set["place"].as_str().is_some_and(|at| at.ends_with(&place))))
+    }
+
+    async fn strike(self) -> Result<()> {
+        pool::delete(&self.world, &self.namespace, POOL).await?;
+        Api::<Namespace>::all(self.world.client.clone()).delete(&self.namespace, &DeleteParams::background()).await?;
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_of_a_scale_set_runs_in_a_pod_of_its_own_and_leaves_nothing() -> Result<()> {
+    let _turn = turn().await;
+    let stage = Stage::set("ghruns").await?;
+    let pool = stage.pool(|_| {}).await?;
+    let script = "id; cat /proc/1/environ | tr '\\0' '\\n' | grep -c JITCONFIG; ls -A /run/mayfly | sed 's/^/left: /'; \
+                  cat .runner .credentials .credentials_rsaparams 2>&1 | grep -c RSA; echo done";
+    let log = stage.succeeds(stage.push("ci.yml", script).await?).await?;
+    ensure!(log.contains("uid=1001") && !log.contains("left: registration"), "{log}");
+    stage.organization.nothing_left(&stage.world, &pool).await?;
+    let set = stage.scale_set().await?.context("the scale set")?;
+    ensure!(stage.status().await?.scale_set.is_some_and(|told| Some(told.id) == set["id"].as_u64()), "{set}");
+    let organization = stage.organization.clone();
+    let place = stage.namespace.clone();
+    stage.strike().await?;
+    let left = organization.simulator.scale_sets().await?;
+    ensure!(!left.iter().any(|set| set["place"].as_str().is_some_and(|at| at.ends_with(&place))), "{left:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_the_rules_refuse_stays_queued_and_is_told_once() -> Result<()> {
+    let _turn = turn().await;
+    let stage = Stage::set("ghrules").await?;
+    let pool = stage.pool(|pool| pool["spec"]["jobs"] = json!({"workflows": ["release.yml"]})).await?;
+    let refused = stage.push("ci.yml", "echo never").await?;
+    eventually("the job is told", PATIENCE, || async {
+        let waiting = stage.status().await?.waiting_jobs;
+        Ok(waiting.iter().any(|job| job.reason == "WorkflowNotServed").then_some(()))
+    })
+    .await?;
+    let accepted = stage.push("release.yml", "echo released").await?;
+    let log = stage.succeeds(accepted).await;
+    // GitHub may give the runner that was made for one to the other, which loses it at once then.
+    if log.is_err() {
+        ensure!(!stage.events("JobRefused").await?.is_empty(), "{log:?}");
+    }
+    let jobs = stage.organization.simulator.jobs(refused).await?;
+    ensure!(jobs.iter().all(|job| !job.log.contains("never")), "{jobs:?}");
+    ensure!(stage.events("JobNotServed").await?.len() == 1, "{:?}", stage.events("JobNotServed").await?);
+    stage.organization.simulator.cancel(refused).await?;
+    stage.organization.nothing_left(&stage.world, &pool).await?;
+    stage.strike().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_forges_word_ends_a_pod_that_hangs() -> Result<()> {
+    let _turn = turn().await;
+    let stage = Stage::set("ghhangs").await?;
+    let pool = stage.pool(|pool| pool["spec"]["runner"]["command"] = json!(["bash", "-c", "(mayfly-runner); exec sleep 600"])).await?;
+    let run = stage.push("ci.yml", "echo quick").await?;
+    stage.succeeds(run).await?;
+    let begun = Instant::now();
+    stage.organization.nothing_left(&stage.world, &pool).await?;
+    ensure!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+    stage.strike().await
+}
+
+/// `kill -9`: the job that runs goes on, and one that is queued meanwhile gets a runner at once, in the session that was left.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_operator_takes_its_sessions_over_and_its_jobs_go_on() -> Result<()> {
+    let _alone = alone().await;
+    let stage = Stage::set("ghkill").await?;
+    let pool = stage.pool(|_| {}).await?;
+    let long = stage.push("long.yml", "for i in $(seq 25); do sleep 1; done; echo survived").await?;
+    stage.runs(long).await?;
+    eventually("the pod is marked", PATIENCE, || async {
+        Ok(stage.pods().await?.iter().any(|pod| pod.annotations().contains_key(ANNOTATION_JOB)).then_some(()))
+    })
+    .await?;
+    let session = stage.status().await?.scale_set.and_then(|set| set.session_id).context("a session")?;
+    kill_operator(&stage.world).await?;
+    let begun = Instant::now();
+    let quick = stage.push("quick.yml", "echo quick").await?;
+    stage.runs(quick).await?;
+    // The kubelet starts the container anew at once; the session that nobody ended would be held for a minute and a half.
+    ensure!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+    ensure!(stage.status().await?.scale_set.and_then(|set| set.session_id) == Some(session), "{:?}", stage.status().await?.scale_set);
+    stage.succeeds(quick).await?;
+    let log = stage.succeeds(long).await?;
+    ensure!(log.contains("survived"), "{log}");
+    stage.organization.nothing_left(&stage.world, &pool).await?;
+    stage.strike().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_github_is_away_pods_that_are_over_go() -> Result<()> {
+    let _alone = alone().await;
+    let stage = Stage::set("ghaway").await?;
+    let pool = stage.pool(|_| {}).await?;
+    let run = stage.push("ci.yml", "sleep 8; echo over").await?;
+    stage.runs(run).await?;
+    // The service for operators is away, and the one for runners is there.
+    for path in ["/api/v3/**", "/_services/pipelines/**", "/_services/messages/**"] {
+        stage.organization.simulator.fault(&Fault { path: path.to_owned(), status: Some(503), ..Fault::default() }).await?;
+    }
+    let away = pool::condition(&stage.world, &stage.namespace, POOL, "ForgeReachable", "False").await;
+    let gone = eventually("the pod is gone", PATIENCE, || async { Ok(stage.pods().await?.is_empty().then_some(())) }).await;
+    stage.organization.simulator.clear_faults().await?;
+    ensure!(away?.0 == "Unreachable");
+    gone?;
+    stage.succeeds(run).await?;
+    pool::condition(&stage.world, &stage.namespace, POOL, "ForgeReachable", "True").await?;
+    stage.organization.nothing_left(&stage.world, &pool).await?;
+    stage.strike().await
+}
+
+/// Kills the operator's process without a word to it, and waits until the kubelet has started it anew.
+async fn kill_operator(world: &World) -> Result<()> {
+    let operators: Api<Pod> = Api::namespaced(world.client.clone(), SYSTEM);
+    let selector = ListParams::default().labels("app.kubernetes.io/component=controller");
+    let restarts = || async {
+        let pods = operators.list(&selector).await?.items;
+        let statuses = pods.first().and_then(|pod| pod.status.as_ref()).and_then(|status| status.container_statuses.clone());
+        Ok::<_, anyhow::Error>(statuses.into_iter().flatten().map(|status| (status.restart_count, status.ready)).next())
+    };
+    let (before, _) = restarts().await?.context("the operator runs")?;
+    let pod = operators.list(&selector).await?.items.pop().context("the operator's pod")?;
+    world.kill_container(&pod)?;
+    eventually("the operator is back", PATIENCE, || async {
+        Ok(restarts().await?.filter(|(count, ready)| *count > before && *ready).map(drop))
+    })
+    .await
+}
