@@ -7,7 +7,7 @@ use ureq::Agent;
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, TlsProvider, parse_pem};
 
 /// A client that trusts the authorities in this PEM text, and leaves statuses to its user.
-pub(crate) fn agent(authorities: &[u8], patience: Duration) -> Agent {
+pub fn agent(authorities: &[u8], patience: Duration) -> Agent {
     let certificates: Vec<Certificate<'static>> = parse_pem(authorities)
         .filter_map(|item| match item {
             Ok(PemItem::Certificate(certificate)) => Some(certificate),

@@ -9,7 +9,7 @@ mod broker;
 pub mod client;
 pub mod control;
 pub mod expressions;
-mod http;
+pub mod http;
 pub mod keys;
 pub mod model;
 mod oidc;

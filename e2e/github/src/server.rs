@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
+use crate::keys::RsaKey;
 use crate::model::{Fault, Seen, Settings, seconds};
 use crate::workflow::matches;
 use crate::world::World;
@@ -72,6 +73,7 @@ impl Server {
         let (outbox, deliveries) = mpsc::unbounded_channel();
         let world = World::new(url.clone(), config.issuer, config.settings, outbox)?;
         let forge = Arc::new(Forge { world: Mutex::new(world) });
+        make_runner_keys(Arc::downgrade(&forge));
         let service = Router::new().fallback(serve).with_state(forge.clone()).into_make_service();
         let handle = Handle::new();
         let mut tasks = vec![tokio::spawn(webhook::deliver(forge.clone(), deliveries)), tokio::spawn(tick(forge))];
@@ -124,6 +126,18 @@ impl Forge {
     pub(crate) fn world(&self) -> MutexGuard<'_, World> {
         self.world.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Makes keys for runners beside everything else, so that registering one does not wait for it.
+fn make_runner_keys(forge: Weak<Forge>) {
+    std::thread::spawn(move || {
+        while let Ok(key) = RsaKey::generate() {
+            match forge.upgrade() {
+                Some(forge) if forge.world().add_runner_key(key) => {}
+                _ => return,
+            }
+        }
+    });
 }
 
 async fn tick(forge: Arc<Forge>) {

@@ -146,11 +146,17 @@ impl World {
     /// # Errors
     /// When no key can be made.
     pub(crate) fn runner_key(&mut self, number: i64) -> Result<Arc<RsaKey>> {
-        if self.runner_keys.len() < RUNNER_KEYS {
+        if self.runner_keys.is_empty() {
             self.runner_keys.push(Arc::new(RsaKey::generate()?));
         }
         let index = usize::try_from(number).unwrap_or_default() % self.runner_keys.len();
         self.runner_keys.get(index).cloned().context("there is a key")
+    }
+
+    /// One more key for runners to share; whether more are wanted.
+    pub(crate) fn add_runner_key(&mut self, key: RsaKey) -> bool {
+        self.runner_keys.push(Arc::new(key));
+        self.runner_keys.len() < RUNNER_KEYS
     }
 
     /// A group of a place.
@@ -437,7 +443,7 @@ impl World {
                         self.set_state(*id, State::Waiting);
                         self.announce(*id, "waiting");
                     }
-                    Ok(true) => self.to_queue(*id),
+                    Ok(true) => self.enter_queue(*id),
                     Ok(false) => self.complete(*id, if status == Status::Cancelled { "cancelled" } else { "skipped" }),
                     Err(error) => {
                         if let Some(job) = self.jobs.get_mut(id) {
@@ -457,13 +463,13 @@ impl World {
     pub(crate) fn approve(&mut self, id: i64) -> bool {
         let waiting = self.jobs.get(&id).is_some_and(|job| job.state == State::Waiting);
         if waiting {
-            self.to_queue(id);
+            self.enter_queue(id);
             self.schedule();
         }
         waiting
     }
 
-    fn to_queue(&mut self, id: i64) {
+    fn enter_queue(&mut self, id: i64) {
         self.set_state(id, State::Queued);
         if let Some(job) = self.jobs.get_mut(&id) {
             job.queued = Some(Timestamp::now());

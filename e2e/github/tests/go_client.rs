@@ -1,5 +1,7 @@
 //! GitHub's own Go client and its listener against the simulator, with stand-in runners: whole stories in both flows.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking, in its helpers as well")]
+
 mod common;
 
 use std::io::{BufRead, BufReader};

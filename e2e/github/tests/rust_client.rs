@@ -1,5 +1,7 @@
 //! The crate `scaleset` against the simulator: another client that nobody here wrote.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking, in its helpers as well")]
+
 mod common;
 
 use std::time::Duration;

@@ -69,11 +69,11 @@ pub(crate) fn run(
             Err(RecvTimeoutError::Disconnected) => thread::sleep(Duration::from_millis(5)),
             Err(RecvTimeoutError::Timeout) => {}
         }
-        if ended.is_none() {
-            if let Some(status) = child.try_wait().map_err(|error| error.to_string())? {
-                let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
-                ended = Some((code, Instant::now()));
-            }
+        if ended.is_none()
+            && let Some(status) = child.try_wait().map_err(|error| error.to_string())?
+        {
+            let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
+            ended = Some((code, Instant::now()));
         }
         if ended.is_some_and(|(_, at)| at.elapsed() > AFTERMATH) {
             break;

@@ -75,6 +75,11 @@ fn tokio_command(program: &str) -> std::process::Command {
 
 /// A plain HTTP call; status and JSON.
 pub(crate) async fn call(method: &str, url: &str, authorization: &str, body: &Value) -> (u16, Value) {
+    call_of(b"", method, url, authorization, body).await
+}
+
+async fn call_of(authority: &[u8], method: &str, url: &str, authorization: &str, body: &Value) -> (u16, Value) {
+    let authority = authority.to_vec();
     let request = ureq::http::Request::builder()
         .method(method)
         .uri(url)
@@ -83,12 +88,7 @@ pub(crate) async fn call(method: &str, url: &str, authorization: &str, body: &Va
         .body(if body.is_null() { Vec::new() } else { body.to_string().into_bytes() })
         .unwrap();
     tokio::task::spawn_blocking(move || {
-        let agent = ureq::Agent::config_builder()
-            .http_status_as_error(false)
-            .allow_non_standard_methods(true)
-            .timeout_global(Some(PATIENCE))
-            .build()
-            .new_agent();
+        let agent = mayfly_github_simulator::http::agent(&authority, PATIENCE);
         let mut response = agent.run(request).unwrap();
         let text = response.body_mut().read_to_string().unwrap();
         (response.status().as_u16(), serde_json::from_str(&text).unwrap_or(Value::String(text)))
@@ -99,9 +99,14 @@ pub(crate) async fn call(method: &str, url: &str, authorization: &str, body: &Va
 
 /// A JIT configuration of the REST API, for the organization `acme`.
 pub(crate) async fn jit(simulator: &Simulator, token: &str, name: &str, label: &str) -> String {
+    jit_of(simulator, b"", token, name, label).await
+}
+
+/// The same of a simulator with a certificate of its own.
+pub(crate) async fn jit_of(simulator: &Simulator, authority: &[u8], token: &str, name: &str, label: &str) -> String {
     let url = format!("{}/api/v3/orgs/acme/actions/runners/generate-jitconfig", simulator.url());
-    let (status, made) =
-        call("POST", &url, &format!("Bearer {token}"), &json!({"name": name, "runner_group_id": 1, "labels": [label]})).await;
+    let body = json!({"name": name, "runner_group_id": 1, "labels": [label]});
+    let (status, made) = call_of(authority, "POST", &url, &format!("Bearer {token}"), &body).await;
     assert_eq!(status, 201, "{made}");
     made["encoded_jit_config"].as_str().unwrap().to_owned()
 }

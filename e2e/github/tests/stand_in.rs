@@ -1,0 +1,86 @@
+//! The stand-in runner as a program: over TLS, through its image's entry point, and what it says of itself.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking, in its helpers as well")]
+
+mod common;
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use common::{Folder, PATIENCE, jit_of, quick};
+use mayfly_github_simulator::client::Simulator;
+use mayfly_github_simulator::control::{Enqueue, NewRepository};
+use mayfly_github_simulator::server::{Config, Server};
+
+const RUNNER: &str = env!("CARGO_BIN_EXE_runner-stand-in");
+
+/// What a job looks for: its registration, in every place where a careless entry point leaves it.
+const SEARCH: &str = r#"
+process=$(cat /proc/$PPID/environ /proc/$PPID/cmdline | tr '\0' '\n' | grep -c 'eyIuY3Jl[Z]' || true)
+pipe=$(tr '\0' '\n' < /proc/$PPID/environ | grep -c MAYFLY || true)
+step=$(env | grep -cE 'JITCONFIG|eyIuY3Jl[Z]' || true)
+files=$(grep -rlE 'eyIuY3Jl[Z]' "$HOME" 2>/dev/null | wc -l || true)
+echo "found: $process $pipe $step $files"
+"#;
+
+#[tokio::test]
+async fn a_job_over_tls_through_the_entry_point() {
+    let folder = Folder::new();
+    let signed = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    let (certificate, key) = (folder.0.join("certificate.pem"), folder.0.join("key.pem"));
+    std::fs::write(&certificate, signed.cert.pem()).unwrap();
+    std::fs::write(&key, signed.signing_key.serialize_pem()).unwrap();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    drop(listener);
+    let config = Config {
+        listen: Some(address),
+        tls: Some((certificate.clone(), key)),
+        public_url: Some(format!("https://localhost:{}", address.port())),
+        settings: quick(),
+        ..Config::default()
+    };
+    let server = Server::start(config).await.unwrap();
+    let authority = std::fs::read(&certificate).unwrap();
+    let simulator = Simulator::new(&server.url, &authority);
+    simulator.repository(&NewRepository { owner: "acme".into(), name: "widgets".into(), ..NewRepository::default() }).await.unwrap();
+    let jobs = Enqueue { repository: "acme/widgets".into(), labels: vec!["lin".into()], script: SEARCH.into(), count: 1 };
+    let run = simulator.enqueue(&jobs).await.unwrap();
+    let token = simulator.personal_token().await.unwrap();
+    let configuration = jit_of(&simulator, &authority, &token, "one", "lin").await;
+    assert!(configuration.starts_with("eyIuY3JlZ"), "what the job searches for is how a configuration begins");
+
+    // The entry point waits for the pipe; the gate makes it and writes once.
+    let pipe = folder.0.join("registration");
+    let entrypoint = Path::new(env!("CARGO_MANIFEST_DIR")).join("../images/github-runner-stand-in/mayfly-runner");
+    let path = format!("{}:{}", Path::new(RUNNER).parent().unwrap().display(), std::env::var("PATH").unwrap());
+    let child = Command::new("bash")
+        .arg(entrypoint)
+        .env("MAYFLY_REGISTRATION", &pipe)
+        .env("HOME", &folder.0)
+        .env("PATH", path)
+        .env("SSL_CERT_FILE", &certificate)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    tokio::task::spawn_blocking(move || std::fs::write(pipe, configuration).unwrap()).await.unwrap();
+    let output = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap()).await.unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}");
+    let job = simulator.finished(run, PATIENCE).await.unwrap().remove(0);
+    assert_eq!(job.conclusion.as_deref(), Some("success"), "{}", job.log);
+    assert!(job.log.contains("found: 0 0 0 0"), "{}", job.log);
+}
+
+#[test]
+fn it_says_that_it_is_a_stand_in() {
+    for argument in ["--help", "--version"] {
+        let output = Command::new(RUNNER).arg(argument).output().unwrap();
+        assert!(String::from_utf8_lossy(&output.stdout).contains("stand-in for GitHub's runner"), "{argument}");
+    }
+    let output = Command::new(RUNNER).args(["--jitconfig", "nonsense"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("stand-in"));
+}
