@@ -10,6 +10,7 @@ pub mod client;
 pub mod control;
 pub mod expressions;
 pub mod http;
+mod jobs;
 pub mod keys;
 pub mod model;
 mod oidc;

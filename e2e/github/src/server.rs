@@ -356,7 +356,8 @@ fn kind_of(method: &str, segments: &[String]) -> String {
     let mut kind = format!("{method} ");
     let mut names = 0;
     for segment in segments {
-        let variable = names > 0 || segment.len() == 36 && segment.matches('-').count() == 4;
+        let variable =
+            names > 0 || segment.len() >= 20 && segment.chars().all(|character| character.is_ascii_hexdigit() || character == '-');
         names = match segment.as_str() {
             _ if names > 0 => names - 1,
             "orgs" | "enterprises" => 1,

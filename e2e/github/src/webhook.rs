@@ -20,9 +20,10 @@ pub(crate) async fn deliver(forge: Arc<Forge>, mut guids: UnboundedReceiver<Stri
             let world = forge.world();
             let delivery = world.deliveries.get(&guid).cloned();
             let hook = delivery.as_ref().and_then(|delivery| world.hooks.iter().find(|hook| hook.id == delivery.hook)).cloned();
-            delivery.zip(hook)
+            let place = hook.as_ref().and_then(|hook| world.organizations.get(&hook.organization.as_ref()?.to_lowercase())).map(|of| of.id);
+            delivery.zip(hook).map(|(delivery, hook)| (delivery, hook, place))
         };
-        let Some((delivery, hook)) = found else { continue };
+        let Some((delivery, hook, place)) = found else { continue };
         let agent: Agent = agent.clone();
         let sent = tokio::task::spawn_blocking(move || {
             let (sha256, sha1) = webhook_signatures(&hook.secret, delivery.body.as_bytes());
@@ -35,7 +36,7 @@ pub(crate) async fn deliver(forge: Arc<Forge>, mut guids: UnboundedReceiver<Stri
                 .header("x-github-delivery", &delivery.guid)
                 .header("x-github-hook-id", hook.id.to_string())
                 .header("x-github-hook-installation-target-type", if hook.organization.is_some() { "organization" } else { "integration" })
-                .header("x-github-hook-installation-target-id", hook.id.to_string())
+                .header("x-github-hook-installation-target-id", place.unwrap_or(hook.id).to_string())
                 .header("x-hub-signature", format!("sha1={sha1}"))
                 .header("x-hub-signature-256", format!("sha256={sha256}"));
             request.send(delivery.body.as_bytes()).map(|response| response.status().as_u16()).unwrap_or_default()

@@ -545,3 +545,25 @@ async fn faults_strike_where_they_are_told() {
     simulator.set(json!({"rate_limit": 1})).await.unwrap();
     assert_eq!(call("GET", &url, &token, &NOTHING).await.0, 403);
 }
+
+#[tokio::test]
+async fn a_job_waits_for_the_approval_of_its_environment() {
+    let (_server, simulator) = start(quick()).await;
+    let guarded = NewRepository {
+        owner: "acme".into(),
+        name: "widgets".into(),
+        protected_environments: vec!["production".into()],
+        ..NewRepository::default()
+    };
+    simulator.repository(&guarded).await.unwrap();
+    let file = "{on: push, jobs: {deploy: {runs-on: lin, environment: production, steps: [{run: 'true'}]}}}";
+    simulator.workflow("acme/widgets", "deploy.yaml", file).await.unwrap();
+    let runs = simulator.dispatch("acme/widgets", &Event::default()).await.unwrap();
+    let job = simulator.jobs(runs[0]).await.unwrap().remove(0);
+    assert_eq!(job.state, "waiting");
+    simulator.call("POST", &format!("jobs/{}/approve", job.id), Vec::new()).await.unwrap();
+    assert_eq!(simulator.jobs(runs[0]).await.unwrap()[0].state, "queued");
+    simulator.cancel(runs[0]).await.unwrap();
+    assert_eq!(simulator.jobs(runs[0]).await.unwrap()[0].conclusion.as_deref(), Some("cancelled"));
+    assert!(simulator.dispatch("acme/widgets", &Event { name: "release".into(), ..Event::default() }).await.is_err());
+}

@@ -74,6 +74,26 @@ async fn a_job_over_tls_through_the_entry_point() {
     assert!(job.log.contains("found: 0 0 0 0"), "{}", job.log);
 }
 
+#[tokio::test]
+async fn told_to_end_it_leaves_at_once() {
+    let (_server, simulator) = common::start(common::Settings::default()).await;
+    let token = simulator.personal_token().await.unwrap();
+    let configuration = common::jit(&simulator, &token, "idle", "lin").await;
+    let folder = Folder::new();
+    let mut child = Command::new(RUNNER).arg("--root").arg(&folder.0).env("ACTIONS_RUNNER_INPUT_JITCONFIG", configuration).spawn().unwrap();
+    let online = || async { simulator.runners().await.unwrap()[0]["online"] == true };
+    let begun = std::time::Instant::now();
+    while !online().await {
+        assert!(begun.elapsed() < PATIENCE);
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    let told = std::time::Instant::now();
+    assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+    let status = tokio::task::spawn_blocking(move || child.wait().unwrap()).await.unwrap();
+    assert_eq!(status.code(), Some(0));
+    assert!(told.elapsed() < std::time::Duration::from_secs(10) && !online().await, "it closes its session");
+}
+
 #[test]
 fn it_says_that_it_is_a_stand_in() {
     for argument in ["--help", "--version"] {
@@ -83,4 +103,56 @@ fn it_says_that_it_is_a_stand_in() {
     let output = Command::new(RUNNER).args(["--jitconfig", "nonsense"]).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stdout).contains("stand-in"));
+}
+
+/// What stands in for GitHub's listener: says what it was given, and what its parent, the first program of the container, shows.
+const LISTENER: &str = r#"#!/bin/bash
+echo "$1 in $PWD: $ACTIONS_RUNNER_INPUT_JITCONFIG"
+echo "parent shows: $(cat /proc/$PPID/environ /proc/$PPID/cmdline | tr '\0' '\n' | grep -c the-configuration)"
+test -w "$RUNNER_TOOL_CACHE" && test -e "$PWD/externals/node" && test -z "$MAYFLY_REGISTRATION" && echo prepared
+trap 'echo told to end; exit 0' TERM
+test -e "$HOME/linger" && { sleep 30 > /dev/null & wait $!; }
+exit 7
+"#;
+
+/// Runs the entry point of GitHub's own runner image with a listener that is not GitHub's: only the entry point is tested here.
+fn entry_point(linger: bool) -> (i32, String) {
+    let folder = Folder::new();
+    let (installed, root, pipe) = (folder.0.join("installed"), folder.0.join("root"), folder.0.join("registration"));
+    for made in ["installed/bin", "installed/externals/node", "root"] {
+        std::fs::create_dir_all(folder.0.join(made)).unwrap();
+    }
+    std::fs::write(installed.join("run.sh"), "").unwrap();
+    std::fs::write(installed.join("bin/Runner.Listener"), LISTENER).unwrap();
+    assert!(Command::new("chmod").arg("+x").arg(installed.join("bin/Runner.Listener")).status().unwrap().success());
+    if linger {
+        std::fs::write(root.join("linger"), "").unwrap();
+    }
+    let child = Command::new("bash")
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../images/github-runner/entrypoint"))
+        .env("MAYFLY_REGISTRATION", &pipe)
+        .env("MAYFLY_RUNNER_INSTALLED", &installed)
+        .env("MAYFLY_RUNNER_ROOT", &root)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    std::fs::write(&pipe, "the-configuration").unwrap();
+    if linger {
+        std::thread::sleep(std::time::Duration::from_secs(1));
+        assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+    }
+    let output = child.wait_with_output().unwrap();
+    (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[test]
+fn the_entry_point_of_github_s_runner() {
+    let (code, output) = entry_point(false);
+    assert_eq!(code, 7, "{output}");
+    for expected in ["run in ", "/root: the-configuration", "parent shows: 0", "prepared"] {
+        assert!(output.contains(expected), "{expected:?} is missing in {output}");
+    }
+    let (code, output) = entry_point(true);
+    assert!(code == 0 && output.contains("told to end"), "{code} {output}");
 }

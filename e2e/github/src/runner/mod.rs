@@ -12,6 +12,7 @@ mod protocol;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -104,10 +105,7 @@ fn listen(registration: Registration, options: &Options, log: &Arc<Log>) -> Resu
 
 fn one_job(forge: &Arc<Forge>, session: &str, options: &Options, log: &Arc<Log>) -> Result<(), Failure> {
     loop {
-        if options.ending.load(Ordering::Relaxed) {
-            return Ok(());
-        }
-        match patiently(options, || forge.message(session, "Online"))? {
+        match patiently(options, || next_message(forge, session, options))? {
             Some(Message::Job(request)) => {
                 forge.acknowledge(session, &request)?;
                 let Some(message) = forge.acquire(&request)? else {
@@ -117,7 +115,23 @@ fn one_job(forge: &Arc<Forge>, session: &str, options: &Options, log: &Arc<Log>)
                 execute(forge, session, &request, &message, options, log);
                 return Ok(());
             }
+            _ if options.ending.load(Ordering::Relaxed) => return Ok(()),
             Some(Message::Cancel) | None => {}
+        }
+    }
+}
+
+/// The next message; none as well when the program is told to end. The poll itself cannot be interrupted, and is left behind then.
+fn next_message(forge: &Arc<Forge>, session: &str, options: &Options) -> Result<Option<Message>, Failure> {
+    let (sender, receiver) = channel();
+    let (asking, session) = (forge.clone(), session.to_owned());
+    // Nobody may be there any more to hear the answer.
+    thread::spawn(move || drop(sender.send(asking.message(&session, "Online"))));
+    loop {
+        match receiver.recv_timeout(Duration::from_millis(50)) {
+            Ok(message) => return message,
+            Err(RecvTimeoutError::Timeout) if !options.ending.load(Ordering::Relaxed) => {}
+            Err(_) => return Ok(None),
         }
     }
 }

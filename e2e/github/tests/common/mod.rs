@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use mayfly_github_simulator::client::Simulator;
 use mayfly_github_simulator::control::NewRepository;
-use mayfly_github_simulator::model::Settings;
+pub(crate) use mayfly_github_simulator::model::Settings;
 use mayfly_github_simulator::server::{Config, Server};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
