@@ -55,6 +55,8 @@ fi
 
 if [ -z "$filter" ]; then
   suite unit cargo test --release --workspace --no-fail-fast --lib --bins --test reasons --test reference --test rooms
+  # The simulator of GitHub, driven by clients of other people.
+  suite simulator cargo test --release --workspace --no-fail-fast --test forge --test go_client --test rust_client --test stand_in
 fi
 if [ -z "$filter" ] && "$bin/cluster" build helm; then
   single generated hack/generate.sh --check "$bin/mayfly" "$("$bin/cluster" path helm)"

@@ -89,7 +89,10 @@ async fn whole(flow: Flow) {
     let expire = tokio::spawn({
         let simulator = simulator.clone();
         async move {
-            tokio::time::sleep(std::time::Duration::from_millis(1500)).await;
+            // Whenever the program has come so far: it may have to be built first.
+            while !simulator.scale_sets().await.unwrap().iter().any(|set| set["session"]["polls"].as_u64() > Some(0)) {
+                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            }
             simulator.expire("queue").await.unwrap();
         }
     });
