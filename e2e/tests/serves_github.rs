@@ -1,5 +1,6 @@
 //! Jobs of a scale set. GitHub is a simulator here that other people's clients agree with, and the runner a stand-in for GitHub's.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -105,7 +106,9 @@ async fn a_job_of_a_scale_set_runs_in_a_pod_of_its_own_and_leaves_nothing() -> R
     let log = stage.succeeds(stage.push("ci.yml", script).await?).await?;
     let said: Vec<&str> = log.lines().filter_map(|line| line.split_once(' ')).map(|(_, text)| text).collect();
     ensure!(said.iter().any(|line| line.starts_with("uid=1001")) && said.contains(&"no blob") && said.contains(&"done"), "{log}");
-    ensure!(!said.iter().any(|line| line.starts_with("left: ")), "{log}");
+    // What is there says whose pod it is.
+    ensure!(said.iter().filter(|line| line.starts_with("left: ")).eq([&"left: job"]), "{log}");
+    ensure!(log.contains("Mayfly accepted "), "{log}");
     stage.organization.nothing_left(&stage.world, &pool).await?;
     let set = stage.scale_set().await?.context("the scale set")?;
     ensure!(stage.status().await?.scale_set.is_some_and(|told| Some(told.id) == set["id"].as_u64()), "{set}");
@@ -122,6 +125,7 @@ async fn a_job_that_the_rules_refuse_stays_queued_and_is_told_once() -> Result<(
     let _turn = turn().await;
     let stage = Stage::set("ghrules").await?;
     let pool = stage.pool(|pool| pool["spec"]["jobs"] = json!({"workflows": ["release.yml"]})).await?;
+    // A script is told when its step begins.
     let refused = stage.push("ci.yml", "echo never").await?;
     eventually("the job is told", PATIENCE, || async {
         let waiting = stage.status().await?.waiting_jobs;
@@ -134,8 +138,10 @@ async fn a_job_that_the_rules_refuse_stays_queued_and_is_told_once() -> Result<(
     if log.is_err() {
         ensure!(!stage.events("JobRefused").await?.is_empty(), "{log:?}");
     }
-    let jobs = stage.organization.simulator.jobs(refused).await?;
-    ensure!(jobs.iter().all(|job| !job.log.contains("never")), "{jobs:?}");
+    for job in stage.organization.simulator.jobs(refused).await? {
+        let log = stage.organization.simulator.job(job.id).await?.log;
+        ensure!(!log.contains("never"), "no step of it ran: {log}");
+    }
     ensure!(stage.events("JobNotServed").await?.len() == 1, "{:?}", stage.events("JobNotServed").await?);
     stage.organization.simulator.cancel(refused).await?;
     stage.organization.nothing_left(&stage.world, &pool).await?;
@@ -152,6 +158,35 @@ async fn the_forges_word_ends_a_pod_that_hangs() -> Result<()> {
     let begun = Instant::now();
     stage.organization.nothing_left(&stage.world, &pool).await?;
     ensure!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+    stage.strike().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_runner_that_never_takes_its_job_is_replaced() -> Result<()> {
+    let _turn = turn().await;
+    let stage = Stage::set("ghidle").await?;
+    // It takes the registration and does nothing with it.
+    let deaf = json!(["bash", "-c", "cat \"$MAYFLY_REGISTRATION\" >/dev/null; exec sleep 600"]);
+    let change = |command: Value| {
+        move |pool: &mut Value| {
+            pool["spec"]["runner"]["command"] = command;
+            pool["spec"]["deadlines"] = json!({"idle": "5s"});
+        }
+    };
+    let pool = stage.pool(change(deaf)).await?;
+    let run = stage.push("ci.yml", "echo at last").await?;
+    let mut seen = BTreeSet::new();
+    let began = Instant::now();
+    while seen.len() < 2 {
+        let now = stage.organization.registrations(&pool).await?;
+        ensure!(now.len() <= 1, "one job has one runner: {now:?}");
+        seen.extend(now);
+        ensure!(began.elapsed() < PATIENCE, "no other runner came: {seen:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    pool::apply(&stage.world, &stage.organization.manifest(&stage.namespace, POOL, change(json!([])))).await?;
+    stage.succeeds(run).await?;
+    stage.organization.nothing_left(&stage.world, &pool).await?;
     stage.strike().await
 }
 

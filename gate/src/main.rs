@@ -2,7 +2,8 @@
 //!
 //! It proves to the operator that the pod's network is closed, makes a named pipe in the pod's memory volume, waits until the runner's
 //! entry point reads from it, asks the operator for the pod's registration with a token that only it has, and writes the registration
-//! into the pipe: a file that can be read once and is never stored. While the job runs it goes on proving. From its first instruction on
+//! into the pipe: a file that can be read once and is never stored. When the pool has accepted the job that the runner took, it says so in a
+//! file, for which a runner with hooks waits. While the job runs it goes on proving. From its first instruction on
 //! it tries whether a pod's policies are enforced late.
 //!
 //! As `mayfly-gate sentinel` it is what proofs are held against: something that answers wherever no policy stands in the way.
@@ -13,9 +14,11 @@ mod prove;
 mod race;
 mod sentinel;
 
+use std::fs;
 use std::io::Write;
 use std::net::{AddrParseError, SocketAddr};
-use std::path::PathBuf;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
 use std::thread;
@@ -25,6 +28,10 @@ use operator::{Client, Registration};
 use race::Race;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
+
+/// The file beside the registration that says which job the runner has, once the pool has accepted it. A runner with hooks waits for it
+/// before the job's first step.
+const JOB: &str = "job";
 
 /// Proves that a runner pod is isolated, and hands it its registration, once.
 #[derive(Parser)]
@@ -128,7 +135,22 @@ fn guard(settings: &Settings, race: Race) -> Result<std::convert::Infallible, St
     pipe::write(pipe, &settings.registration, &registration)?;
     drop(registration);
     say("registration handed over");
-    prove::go_on(&client)
+    thread::scope(|scope| {
+        scope.spawn(|| match client.job().and_then(|job| tell(&settings.registration.with_file_name(JOB), &job)) {
+            Ok(()) => say("the job is accepted"),
+            Err(why) => say(&why),
+        });
+        prove::go_on(&client)
+    })
+}
+
+/// Writes a file that the runner may read, whole from its first moment on.
+fn tell(path: &Path, text: &[u8]) -> Result<(), String> {
+    let new = path.with_extension("new");
+    let written = fs::write(&new, text)
+        .and_then(|()| fs::set_permissions(&new, fs::Permissions::from_mode(0o440)))
+        .and_then(|()| fs::rename(&new, path));
+    written.map_err(|error| format!("{}: {error}", path.display()))
 }
 
 fn fail(why: &str) -> ExitCode {

@@ -103,6 +103,20 @@ impl Client {
         }
     }
 
+    /// The job that the runner has, in words, once the pool has accepted it.
+    pub(crate) fn job(&self) -> Result<Vec<u8>, String> {
+        loop {
+            let job = self.until("/v1/job", &[], |answer| match answer.status {
+                200 => Ok(Some(std::mem::take(&mut answer.body))),
+                204 => Ok(None),
+                _ => Err(answer.again()),
+            })?;
+            if let Some(job) = job {
+                return Ok(job);
+            }
+        }
+    }
+
     /// Calls until `read` makes something of the answer.
     fn until<T>(&self, path: &str, body: &[u8], mut read: impl FnMut(&mut Answer) -> Result<T, String>) -> Result<T, String> {
         let mut pause = PAUSE_FIRST;

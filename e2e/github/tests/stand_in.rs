@@ -64,6 +64,8 @@ async fn a_job_over_tls_through_the_entry_point() {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
+    // What the gate writes when the job was accepted.
+    std::fs::write(folder.0.join("job"), "acme/widgets#1").unwrap();
     assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
     tokio::task::spawn_blocking(move || std::fs::write(pipe, configuration).unwrap()).await.unwrap();
     let output = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap()).await.unwrap();

@@ -123,6 +123,9 @@ pub(crate) struct ControllerArgs {
     /// PEM file of certificate authorities for forges with a private one.
     #[arg(long, env = "MAYFLY_FORGE_CA_FILE")]
     forge_ca_file: Option<PathBuf>,
+    /// HTTP proxy for all calls to forges: http://HOST:PORT. It resolves their names, and has to keep them from leading inside.
+    #[arg(long, env = "MAYFLY_FORGE_PROXY", value_parser = proxy)]
+    forge_proxy: Option<String>,
     /// Seconds between two looks at a forge when no webhook comes.
     #[arg(long, env = "MAYFLY_POLL_SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     poll_seconds: u64,
@@ -143,6 +146,7 @@ pub(crate) struct Settings {
     pub(crate) gate_secret: String,
     pub(crate) gate_names: Vec<String>,
     pub(crate) forge_ca: Option<Vec<u8>>,
+    pub(crate) forge_proxy: Option<String>,
     pub(crate) poll_interval: Duration,
     pub(crate) sentinel_service: String,
     pub(crate) sentinel_pods: String,
@@ -199,6 +203,7 @@ impl ControllerArgs {
             gate_secret: self.gate_secret,
             gate_names: vec![host],
             forge_ca,
+            forge_proxy: self.forge_proxy,
             poll_interval: Duration::from_secs(self.poll_seconds),
             sentinel_service,
             sentinel_pods,
@@ -214,6 +219,15 @@ fn labels(text: &str) -> Result<BTreeMap<String, String>, String> {
         _ => Err(format!("{pair:?} is not key=value")),
     };
     text.split(',').filter(|part| !part.is_empty()).map(pair).collect()
+}
+
+/// An address that can be a proxy's. Without a password, which every process of the node could read.
+fn proxy(text: &str) -> Result<String, String> {
+    let url = reqwest::Url::parse(text).map_err(|error| error.to_string())?;
+    match matches!(url.scheme(), "http" | "https") && url.username().is_empty() && url.password().is_none() && url.has_host() {
+        true => Ok(text.to_owned()),
+        false => Err("write http://HOST:PORT, without a user name".to_owned()),
+    }
 }
 
 /// Prints the CustomResourceDefinitions.
@@ -266,6 +280,8 @@ mod tests {
             ["--poll-seconds", "0"],
             ["--cluster-ranges", "ten"],
             ["--dns-addresses", "kube-dns"],
+            ["--forge-proxy", "proxy:3128"],
+            ["--forge-proxy", "http://me:secret@proxy:3128"],
         ] {
             assert!(settings(&bad).is_err(), "{bad:?}");
         }

@@ -3,6 +3,7 @@
 //! This room knows no Kubernetes. The contract every forge keeps is written at the methods of [`Forge`].
 
 mod address;
+mod client;
 pub(crate) mod gitea;
 pub(crate) mod github;
 pub(crate) mod secret;
@@ -12,6 +13,7 @@ use std::fmt;
 use async_trait::async_trait;
 use serde::Serialize;
 
+pub(crate) use client::http_client;
 pub(crate) use secret::Secret;
 
 /// A CI forge, narrowed to one scope (an organization, a repository, a whole server) and one credential.

@@ -138,7 +138,8 @@ pub(super) async fn apply(
     let deletions = each(plan.delete.iter().map(|deletion| delete(ctx, pool, handle, Some(forge), deletion)).collect());
     let anywhere = (0..plan.create).map(|_| None);
     let creations = each(anywhere.chain(plan.probe.iter().map(Some)).map(|node| create(ctx, pool, handle, node)).collect());
-    let marks = each(observed.unmarked.iter().map(|unmarked| mark(ctx, pool, unmarked)).collect());
+    let marks = each(observed.unmarked.iter().map(|unmarked| mark(ctx, pool, handle, unmarked)).collect());
+    observed.accepted.iter().for_each(|pod| handle.job_accepted(pod));
     let pauses = each(plan.pause.iter().map(|name| pause(ctx, pool, handle, forge, name)).collect());
     futures::join!(deletions, creations, marks, pauses);
     for orphan in &observed.orphans {
@@ -156,11 +157,14 @@ async fn each<F: Future<Output = ()>>(actions: Vec<F>) {
     stream::iter(actions).buffer_unordered(CONCURRENCY).collect::<()>().await;
 }
 
-/// Writes the job onto its pod.
-async fn mark(ctx: &Context, pool: &Pool, unmarked: &Unmarked) {
+/// Writes the job onto its pod, whose first step waits for that where the runner has hooks.
+async fn mark(ctx: &Context, pool: &Pool, handle: &PoolHandle, unmarked: &Unmarked) {
     let annotations = [(ANNOTATION_JOB, unmarked.job.to_string()), (ANNOTATION_WORKFLOW, unmarked.workflow.clone())];
-    if let Err(error) = ctx.io.annotate_pod(&pool.key.namespace, &unmarked.pod, &unmarked.uid, &annotations).await {
-        tracing::warn!(pool = %pool.key, pod = unmarked.pod, error = error.message(), "a pod could not be marked with its job");
+    match ctx.io.annotate_pod(&pool.key.namespace, &unmarked.pod, &unmarked.uid, &annotations).await {
+        Ok(()) => handle.job_accepted(&unmarked.pod),
+        Err(error) => {
+            tracing::warn!(pool = %pool.key, pod = unmarked.pod, error = error.message(), "a pod could not be marked with its job");
+        }
     }
 }
 

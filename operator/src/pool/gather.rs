@@ -46,6 +46,8 @@ pub(super) struct Observed {
     pub(super) pods: Vec<PodFacts>,
     /// Pods that do not say yet which job they have.
     pub(super) unmarked: Vec<Unmarked>,
+    /// Pods that say which job they have, one that the pool accepts.
+    pub(super) accepted: Vec<String>,
     /// Registrations whose pods are gone.
     pub(super) orphans: Vec<Orphan>,
     /// Older pools that may accept some of the same jobs.
@@ -219,6 +221,7 @@ async fn adopt(ctx: &Context, pool: &Pool, handle: &PoolHandle, forge: &Arc<dyn 
                 meant_for: None,
                 since: ctx.now(),
                 job: None,
+                accepted: false,
                 paused: None,
                 done: false,
                 lost: false,
@@ -414,6 +417,9 @@ fn pods(ctx: &Context, pool: &Pool, handle: &PoolHandle, refusals: &BTreeMap<Job
             let workflow = run.map(|(id, run)| format!("{id}/{}@{}", run.workflow, run.git_ref)).unwrap_or_default();
             let (pod, uid) = (name.clone(), pod.uid().unwrap_or_default());
             observed.unmarked.push(Unmarked { pod, uid, job: job.clone(), workflow });
+        }
+        if matches!(&role, Role::Busy { refused: None, .. }) && pod.annotations().contains_key(ANNOTATION_JOB) {
+            observed.accepted.push(name.clone());
         }
         let registered = state.registered.get(&name).map(|runner| runner.since);
         let unproved = state.unproved(&name, registered, now);

@@ -460,6 +460,7 @@ pub(super) mod tests {
             meant_for: None,
             since,
             job: None,
+            accepted: false,
             paused: None,
             done: false,
             lost: false,

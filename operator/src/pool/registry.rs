@@ -91,6 +91,8 @@ pub(crate) struct Registered {
     pub(crate) since: Timestamp,
     /// The job it has, and when that was first seen.
     pub(crate) job: Option<(JobKey, Timestamp)>,
+    /// The pool accepts that job, and its pod says so.
+    pub(crate) accepted: bool,
     /// When it was kept from taking a job.
     pub(crate) paused: Option<Timestamp>,
     /// Its job is over at the forge, and with it the registration.
@@ -264,12 +266,47 @@ impl PoolHandle {
         Ok(spawned.registering.clone())
     }
 
+    /// The job that this pod's runner has, when the pool has accepted it; waits up to `patience` for that.
+    pub(crate) async fn accepted_job(&self, pod: &str, patience: Duration) -> Result<JobKey, NoJob> {
+        let deadline = tokio::time::Instant::now() + patience;
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            match self.state().registered.get(pod) {
+                None => return Err(NoJob::Never("this pod has no registration")),
+                Some(Registered { accepted: true, job: Some((job, _)), .. }) => return Ok(job.clone()),
+                Some(_) => {}
+            }
+            if tokio::time::timeout_at(deadline, changed).await.is_err() {
+                return Err(NoJob::NotYet);
+            }
+        }
+    }
+
+    /// The pool accepts the job that this pod's runner has, and the pod says so.
+    pub(crate) fn job_accepted(&self, pod: &str) {
+        if let Some(runner) = self.state().registered.get_mut(pod) {
+            runner.accepted = true;
+        }
+        self.jobs_changed();
+    }
+
     /// The registration was made.
     pub(crate) fn registered(&self, pod: &str, key: RunnerKey, credential: Secret, now: Timestamp) {
         let mut state = self.state();
         let meant_for = state.spawned.remove(pod).and_then(|spawned| spawned.registering);
-        let runner =
-            Registered { key, meant_for, since: now, job: None, paused: None, done: false, lost: false, credential: Some(credential) };
+        let runner = Registered {
+            key,
+            meant_for,
+            since: now,
+            job: None,
+            accepted: false,
+            paused: None,
+            done: false,
+            lost: false,
+            credential: Some(credential),
+        };
         state.registered.insert(pod.to_owned(), runner);
         state.start_failures = 0;
         state.not_before = None;
@@ -404,6 +441,22 @@ mod tests {
         let taken = handle.take_job("pod", "pod-uid", Timestamp::UNIX_EPOCH, Duration::from_secs(1)).await;
         assert_eq!(taken, Err(NoJob::Unproved));
         assert_eq!(handle.state().owed.len(), 1, "the job is still owed");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_is_told_of_its_job_when_it_was_accepted_and_not_before() {
+        let (handle, now, second) = (handle_with_pod(), Timestamp::UNIX_EPOCH, Duration::from_secs(1));
+        assert!(matches!(handle.accepted_job("pod", second).await, Err(NoJob::Never(_))), "it has no registration");
+        let job = owe(&handle, 1);
+        handle.take_job("pod", "pod-uid", now, second).await.expect("a job");
+        handle.registered("pod", RunnerKey { repository: None, id: 9 }, Secret::new(""), now);
+        assert_eq!(handle.accepted_job("pod", second).await, Err(NoJob::NotYet));
+        if let Some(runner) = handle.state().registered.get_mut("pod") {
+            runner.job = Some((job.key.clone().expect("a key"), now));
+        }
+        assert_eq!(handle.accepted_job("pod", second).await, Err(NoJob::NotYet), "it has one that may yet be refused");
+        handle.job_accepted("pod");
+        assert_eq!(handle.accepted_job("pod", second).await, Ok(job.key.expect("a key")));
     }
 
     fn owe(handle: &PoolHandle, id: u64) -> OwedJob {

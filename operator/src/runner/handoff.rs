@@ -7,6 +7,7 @@
 //! - `/v1/proof`, body [`mayfly_proof::Report`]: 204 taken; 409 not an answer to the last challenge, or the policies changed meanwhile.
 //! - `/v1/registration`, no body: 200 with the registration as the runner program reads it; 204 no job yet, ask again; 428 prove
 //!   first.
+//! - `/v1/job`, no body: 200 with the job that the pod's runner has, in words, when the pool has accepted it; 204 not yet, ask again.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -46,6 +47,7 @@ pub(crate) fn router(ctx: Arc<Context>) -> Router {
     let identities = Identities::new(ctx.io.clone());
     Router::new()
         .route("/v1/registration", post(registration).layer(DefaultBodyLimit::max(0)))
+        .route("/v1/job", post(job).layer(DefaultBodyLimit::max(0)))
         .route("/v1/challenge", post(challenge).layer(DefaultBodyLimit::max(0)))
         .route("/v1/proof", post(proof).layer(DefaultBodyLimit::max(MAX_REPORT)))
         .layer(GlobalConcurrencyLimitLayer::new(GATES))
@@ -119,14 +121,26 @@ async fn caller(api: &GateApi, headers: &HeaderMap) -> Result<(PodIdentity, Arc<
     Ok((identity, pod, handle))
 }
 
+/// The job, once it was accepted: what the runner's first step waits for.
+async fn job(State(api): State<Arc<GateApi>>, headers: HeaderMap) -> Result<String, Refusal> {
+    let (pod, _, handle) = caller(&api, &headers).await?;
+    handle.accepted_job(&pod.name, PATIENCE).await.map(|job| job.to_string()).map_err(Refusal::from)
+}
+
+impl From<NoJob> for Refusal {
+    fn from(no: NoJob) -> Self {
+        match no {
+            NoJob::NotYet => Self(StatusCode::NO_CONTENT, ""),
+            NoJob::Unproved => Self(StatusCode::PRECONDITION_REQUIRED, "prove the pod's isolation first"),
+            NoJob::Never(why) => Self(StatusCode::GONE, why),
+        }
+    }
+}
+
 async fn hand_over(api: &GateApi, headers: &HeaderMap) -> Result<Response, Refusal> {
     let (pod, _, handle) = caller(api, headers).await?;
     let now = api.ctx.now();
-    let job = handle.take_job(&pod.name, &pod.uid, now, PATIENCE).await.map_err(|no| match no {
-        NoJob::NotYet => Refusal(StatusCode::NO_CONTENT, ""),
-        NoJob::Unproved => Refusal(StatusCode::PRECONDITION_REQUIRED, "prove the pod's isolation first"),
-        NoJob::Never(why) => Refusal(StatusCode::GONE, why),
-    })?;
+    let job = handle.take_job(&pod.name, &pod.uid, now, PATIENCE).await.map_err(Refusal::from)?;
     let forge = handle.state().link.as_ref().map(|link| link.forge.clone());
     let Some(forge) = forge else {
         handle.registration_failed(&pod.name, "the pool lost its forge");

@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::cli::Settings;
-use crate::forge::gitea::Gitea;
+use crate::forge::http_client;
 use crate::isolation::{Controls, Names, no_forge_at};
 use crate::kube_io::KubeIo;
 use crate::pool::{self, Context, Deaf, Pools};
@@ -66,7 +66,7 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
     let pools = stores.pools.clone();
     let ctx = Arc::new(Context {
         io,
-        http: Gitea::http_client(settings.forge_ca.as_deref(), no_forge_at).context("HTTP client")?,
+        http: http_client(settings.forge_ca.as_deref(), settings.forge_proxy.as_deref(), no_forge_at).context("HTTP client")?,
         metrics,
         registry,
         pools: stores.pools.clone(),

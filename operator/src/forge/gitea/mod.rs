@@ -6,15 +6,12 @@
 pub(crate) mod webhook;
 mod wire;
 
-use std::time::Duration;
-
 use async_trait::async_trait;
 use futures::{StreamExt, TryStreamExt, stream};
 use reqwest::{Method, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::address::{Refuse, Resolver};
 use super::{Forge, ForgeError, Job, JobKey, JobState, Reach, RegisteredRunner, Registration, Removal, Repository, Run, RunnerKey, Secret};
 
 /// Entries asked for per page: Gitea's own default limit (`[api] MAX_RESPONSE_ITEMS`); a server may be set to give fewer.
@@ -27,8 +24,6 @@ const MAX_PAGES: usize = 1_000;
 const CONCURRENCY: usize = 8;
 /// Longest answer read, in bytes.
 const MAX_ANSWER: usize = 16 << 20;
-/// Deadline of one call.
-const CALL_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Whose jobs are served.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -54,22 +49,6 @@ impl Gitea {
     /// `base` is the server's URL as its users and runners see it.
     pub(crate) fn new(http: reqwest::Client, base: &str, scope: Scope, token: Secret) -> Self {
         Self { http, base: base.trim_end_matches('/').to_owned(), scope, token }
-    }
-
-    /// An HTTP client fit for forges: no redirects (a redirect would carry the token elsewhere), bounded waiting.
-    /// `authorities` are further certificate authorities, PEM.
-    pub(crate) fn http_client(authorities: Option<&[u8]>, refuse: Refuse) -> Result<reqwest::Client, reqwest::Error> {
-        let mut builder = reqwest::Client::builder()
-            .user_agent(concat!("mayfly/", env!("CARGO_PKG_VERSION")))
-            .redirect(reqwest::redirect::Policy::none())
-            .no_proxy()
-            .dns_resolver(Resolver::shared(refuse))
-            .connect_timeout(Duration::from_secs(5))
-            .timeout(CALL_TIMEOUT);
-        for authority in reqwest::Certificate::from_pem_bundle(authorities.unwrap_or_default())? {
-            builder = builder.add_root_certificate(authority);
-        }
-        builder.build()
     }
 
     fn scope_path(&self) -> String {

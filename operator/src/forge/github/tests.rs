@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
 
-use super::super::gitea::Gitea;
+use super::super::http_client;
 use super::*;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -25,6 +25,7 @@ struct Stage {
     installation: u64,
     wakes: Arc<AtomicU32>,
     tasks: TaskTracker,
+    proxy: Option<String>,
 }
 
 /// A client and the task that follows the scale set for it.
@@ -61,8 +62,12 @@ impl Stage {
         // Shown where a test fails.
         let _ = tracing_subscriber::fmt().with_test_writer().try_init();
         let settings = Settings { poll: 1.0, ..settings };
-        let server = server::Server::start(server::Config { settings, ..server::Config::default() }).await.expect("a simulator");
-        let simulator = Simulator::new(&server.url, b"");
+        Self::set_at(server::Config { settings, ..server::Config::default() }).await
+    }
+
+    async fn set_at(config: server::Config) -> Self {
+        let server = server::Server::start(config).await.expect("a simulator");
+        let simulator = Simulator::new(&format!("http://{}", server.address), b"");
         simulator.organization(&NewOrganization { login: "acme".to_owned(), enterprise: None }).await.expect("an organization");
         let repository = NewRepository { owner: "acme".to_owned(), name: "web".to_owned(), ..NewRepository::default() };
         simulator.repository(&repository).await.expect("a repository");
@@ -72,7 +77,7 @@ impl Stage {
         simulator.workflow("acme/web", "ci.yml", workflow).await.expect("a workflow");
         let (app, installation) = simulator.app("acme").await.expect("an App");
         let installation = u64::try_from(installation).expect("a number");
-        Self { server, simulator, app, installation, wakes: Arc::default(), tasks: TaskTracker::new() }
+        Self { server, simulator, app, installation, wakes: Arc::default(), tasks: TaskTracker::new(), proxy: None }
     }
 
     fn config(&self, path: &str) -> Config {
@@ -95,7 +100,7 @@ impl Stage {
     }
 
     fn open(&self, config: Config, credential: Credential, earlier: Option<ScaleSet>) -> Client {
-        let http = Gitea::http_client(None, |_| None).expect("a client");
+        let http = http_client(None, self.proxy.as_deref(), |_| None).expect("a client");
         let wakes = self.wakes.clone();
         let wake = move || {
             wakes.fetch_add(1, Ordering::SeqCst);
@@ -424,5 +429,36 @@ async fn github_gives_out_no_more_than_there_is_room_for() {
     waiting(&client, 3).await;
     client.forge.note_room(5);
     waiting(&client, 5).await;
+    client.end().await;
+}
+
+/// github.com's own shape, with REST at a host of its own: the simulator is the proxy, as nobody here can resolve the names.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hosted_github_is_reached_through_a_proxy() {
+    let settings = Settings { poll: 1.0, ..Settings::default() };
+    let config = server::Config { public_url: Some("http://github.localhost".to_owned()), settings, ..server::Config::default() };
+    let mut stage = Stage::set_at(config).await;
+    stage.proxy = Some(format!("http://{}", stage.server.address));
+    let client = stage.client();
+    stage.push().await;
+    waiting(&client, 1).await;
+    client.forge.register(&Reach::default(), "ci-1-a").await.expect("a registration");
+    client.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_runner_that_has_a_job_is_kept() {
+    let stage = Stage::set(Settings::default()).await;
+    let client = stage.client();
+    waiting(&client, 0).await;
+    let made = client.forge.register(&Reach::default(), "ci-1-a").await.expect("a registration");
+    let refusal = json!({"typeName": "GitHub.DistributedTask.WebApi.JobStillRunningException", "message": "no"}).to_string();
+    let headers = [("Content-Type".to_owned(), "application/json".to_owned())].into();
+    let fault =
+        Fault { method: Some("DELETE".to_owned()), status: Some(400), body: Some(refusal), headers, times: Some(1), ..Fault::default() };
+    stage.fault("/**/agents/*", fault).await;
+    assert_eq!(client.forge.pause(&made.key).await, Ok(Removal::Busy));
+    assert_eq!(client.forge.runners().await.expect("runners").len(), 1);
+    assert_eq!(client.forge.deregister(&made.key).await, Ok(Removal::Done));
     client.end().await;
 }

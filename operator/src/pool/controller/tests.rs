@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::cli::{Cli, Command};
-use crate::forge::gitea::Gitea;
+use crate::forge::http_client;
 use crate::kube_io::scripted::{Answer, Server};
 use crate::pool::plan::Deletion;
 use crate::pool::registry::Spawned;
@@ -49,7 +49,7 @@ fn context(server: &Server, pods: &[Pod]) -> Arc<Context> {
     Arc::new(Context {
         settings: arguments.settings().expect("settings"),
         io: KubeIo::new(server.client(), None, metrics.clone()),
-        http: Gitea::http_client(None, |_| None).expect("a client"),
+        http: http_client(None, None, |_| None).expect("a client"),
         metrics,
         registry: Arc::new(Pools::new().0),
         pools: reflector::store().0,

@@ -1,20 +1,19 @@
 //! What a job costs and how long things take, measured on the running cluster: one figure a line as `name value unit`, and the same
 //! in `target/bench.json`. Times are wall-clock of this machine, which runs cluster, forge and jobs at once: compare the ratios.
 
-use std::collections::BTreeMap;
+mod github;
+mod measure;
+
 use std::fs;
 use std::io::Write;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use clap::Parser;
-use futures::{StreamExt, TryStreamExt};
 use k8s_openapi::api::core::v1::{Pod, PodSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{DeleteParams, LogParams, PostParams};
-use kube::runtime::watcher::{Config, Event, watcher};
 use kube::{Api, ResourceExt};
 use mayfly_cluster::command::output;
 use mayfly_cluster::{Cluster, Options, Progress};
@@ -22,10 +21,11 @@ use mayfly_crds::RunnerPool;
 use mayfly_crds::names::{ANNOTATION_JOB, RUNNER_CONTAINER};
 use mayfly_e2e::stage::{POOL, Stage, workflow};
 use mayfly_e2e::wait::eventually;
-use mayfly_e2e::world::{SYSTEM, repository};
+use mayfly_e2e::world::SYSTEM;
 use mayfly_e2e::{install, leak, pool};
 use serde_json::{Value, json};
-use tokio::sync::Mutex;
+
+use measure::{Audited, Figures, Times, now, per_job};
 
 /// Jobs measured one after another, and as one burst.
 const SINGLE: usize = 8;
@@ -42,6 +42,15 @@ struct Arguments {
     /// Leave out the memory figures, which take some minutes.
     #[arg(long)]
     quick: bool,
+    /// The forge: GitHub is a simulator here, and its runner a stand-in.
+    #[arg(long, env = "FORGE", value_enum)]
+    forge: Option<ForgeName>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum ForgeName {
+    Gitea,
+    Github,
 }
 
 #[tokio::main]
@@ -55,36 +64,21 @@ async fn main() -> ExitCode {
     }
 }
 
-#[derive(Default)]
-struct Figures(Vec<(String, f64, &'static str)>);
-
-impl Figures {
-    fn add(&mut self, name: impl Into<String>, value: f64, unit: &'static str) {
-        let name = name.into();
-        // Nobody to tell if the terminal is gone.
-        let _ = writeln!(std::io::stdout(), "{name} {value:.3} {unit}");
-        self.0.push((name, value, unit));
-    }
-
-    fn spread(&mut self, name: &str, mut values: Vec<f64>) -> f64 {
-        values.sort_by(f64::total_cmp);
-        let at = |share: f64| values[((values.len() - 1) as f64 * share).round() as usize];
-        self.add(format!("{name}_p50"), at(0.5), "s");
-        self.add(format!("{name}_max"), at(1.0), "s");
-        at(0.5)
-    }
-
-    fn write(&self) -> Result<()> {
-        let all: Vec<Value> = self.0.iter().map(|(name, value, unit)| json!({"name": name, "value": value, "unit": unit})).collect();
-        let file = repository().join("target/bench.json");
-        fs::write(&file, serde_json::to_string_pretty(&all)?).with_context(|| file.display().to_string())
-    }
-}
-
 async fn bench(arguments: &Arguments) -> Result<()> {
     let progress = Progress::stderr();
     let cluster = Cluster::up(Options::default(), &progress)?;
     install::install(&cluster, &progress)?;
+    let mut figures = Figures::default();
+    if arguments.forge != Some(ForgeName::Gitea) {
+        github::bursts(arguments.quick, &mut figures).await?;
+    }
+    if arguments.forge != Some(ForgeName::Github) {
+        gitea(arguments.quick, &mut figures).await?;
+    }
+    figures.write()
+}
+
+async fn gitea(quick: bool, figures: &mut Figures) -> Result<()> {
     let stage = Stage::set("bench").await?;
     let served = stage.pool(|pool| pool["spec"]["scale"]["max"] = json!(10)).await?;
     stage.hook()?;
@@ -92,29 +86,27 @@ async fn bench(arguments: &Arguments) -> Result<()> {
     stage.forge.create_repo(&owner, app, false)?;
     stage.forge.put_file(&owner, app, "main", ".gitea/workflows/bench.yml", WORKFLOW.as_bytes(), "Add workflow")?;
 
-    let mut figures = Figures::default();
-    let times = Times::watch(&stage).await;
+    let times = Times::watch(stage.pod_api());
     let before = proofs(&stage)?;
     let shape = shape(&stage).await?;
     stage.nothing_left(&served).await?;
-    let bare = pods(&stage, &times, "bare", &bare(&shape), &mut figures).await?;
-    let shaped = pods(&stage, &times, "shaped", &shape, &mut figures).await?;
-    let job = one_by_one(&stage, &served, &times, &mut figures).await?;
+    let bare = pods(&stage, &times, "bare", &bare(&shape), figures).await?;
+    let shaped = pods(&stage, &times, "shaped", &shape, figures).await?;
+    let job = one_by_one(&stage, &served, &times, figures).await?;
     figures.add("queue_to_first_step_over_bare_pod", job.start / bare.start, "ratio");
     figures.add("queue_to_first_step_over_shaped_pod", job.start / shaped.start, "ratio");
     figures.add("job_end_to_pod_gone_over_shaped_pod", job.end / shaped.end, "ratio");
     let (seconds, count) = proofs(&stage)?;
     figures.add("proof_rounds_mean", (seconds - before.0) / (count - before.1), "s");
-    warm(&stage, &mut figures).await?;
-    burst(&stage, &served, &mut figures).await?;
-    if !arguments.quick {
-        breach(&stage, &served, &mut figures).await?;
+    warm(&stage, figures).await?;
+    burst(&stage, &served, figures).await?;
+    if !quick {
+        breach(&stage, &served, figures).await?;
         let found = leak::leaks(&stage, leak::STARTS).await?;
         stage.nothing_left(&served).await?;
         figures.add(format!("leaks_in_{}_starts", leak::STARTS), found.visits.len() as f64, "tries");
-        memory(&stage, &mut figures).await?;
+        memory(&stage, figures).await?;
     }
-    figures.write()?;
     stage.strike().await
 }
 
@@ -122,55 +114,6 @@ async fn bench(arguments: &Arguments) -> Result<()> {
 struct Spans {
     start: f64,
     end: f64,
-}
-
-/// When pods of the stage were first seen, when their deletion was, and when they were gone.
-#[derive(Clone, Default)]
-struct Times(Arc<Mutex<BTreeMap<String, Life>>>);
-
-#[derive(Clone, Copy)]
-struct Life {
-    seen: f64,
-    leaving: Option<f64>,
-    gone: Option<f64>,
-}
-
-impl Times {
-    async fn watch(stage: &Stage) -> Self {
-        let times = Self::default();
-        let (seen, api) = (times.clone(), stage.pod_api());
-        tokio::spawn(async move {
-            let mut events = watcher(api, Config::default()).boxed();
-            while let Ok(Some(event)) = events.try_next().await {
-                let now = now();
-                let mut all = seen.0.lock().await;
-                match event {
-                    Event::Apply(pod) | Event::InitApply(pod) => {
-                        let life = all.entry(pod.name_any()).or_insert(Life { seen: now, leaving: None, gone: None });
-                        if pod.metadata.deletion_timestamp.is_some() {
-                            life.leaving.get_or_insert(now);
-                        }
-                    }
-                    Event::Delete(pod) => drop(all.entry(pod.name_any()).and_modify(|life| life.gone = Some(now))),
-                    Event::Init | Event::InitDone => {}
-                }
-            }
-        });
-        times
-    }
-
-    /// The life of a pod that is gone: of this name, or of the only one.
-    async fn over(&self, name: Option<&str>) -> Result<Life> {
-        eventually("the pod's end", Duration::from_secs(10), || async {
-            let all = self.0.lock().await;
-            Ok(all.iter().find(|(pod, life)| name.is_none_or(|name| name == *pod) && life.gone.is_some()).map(|(_, life)| *life))
-        })
-        .await
-    }
-}
-
-fn now() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map(|time| time.as_secs_f64()).unwrap_or_default()
 }
 
 /// The shape of a runner pod, with a program that tells the time and waits for its end.
@@ -303,8 +246,7 @@ fn stamp(log: &str, mark: &str) -> Result<f64> {
 
 /// Many jobs at once: what each costs the API server.
 async fn burst(stage: &Stage, served: &RunnerPool, figures: &mut Figures) -> Result<()> {
-    let log = stage.world.cluster.audit_log();
-    let before = fs::metadata(&log)?.len();
+    let audited = Audited::from_now(&stage.world.cluster)?;
     let began = now();
     let jobs: Vec<i64> = (0..BURST).map(|_| dispatch(stage)).collect::<Result<_>>()?;
     for job in &jobs {
@@ -314,39 +256,14 @@ async fn burst(stage: &Stage, served: &RunnerPool, figures: &mut Figures) -> Res
     stage.nothing_left(served).await?;
     // The last numbers of the status are written with a delay.
     tokio::time::sleep(Duration::from_secs(8)).await;
-    let text = fs::read(&log)?;
-    ensure!(text.len() as u64 >= before, "the audit log was rotated meanwhile: run the benchmark again");
-    let calls = count_calls(&String::from_utf8_lossy(&text[usize::try_from(before)?..]));
-    let per_job = |kind: &str| calls.iter().filter(|((k, _), _)| k == kind).map(|(_, n)| f64::from(*n)).sum::<f64>().abs() / BURST as f64;
-    figures.add("kube_writes_per_job", per_job("write"), "1/job");
-    figures.add("kube_reads_per_job", per_job("read"), "1/job");
+    let calls = audited.calls()?;
+    figures.add("kube_writes_per_job", per_job(&calls, "write", BURST), "1/job");
+    figures.add("kube_reads_per_job", per_job(&calls, "read", BURST), "1/job");
     for ((kind, what), n) in &calls {
         let name = what.replace(|c: char| !c.is_ascii_alphanumeric(), "_");
         figures.add(format!("kube_{kind}s_per_job_{name}"), f64::from(*n) / BURST as f64, "1/job");
     }
     Ok(())
-}
-
-/// Calls of the operator in a piece of the audit log, by kind and by verb and resource.
-fn count_calls(log: &str) -> BTreeMap<(String, String), u32> {
-    let account = format!("system:serviceaccount:{SYSTEM}:mayfly-controller");
-    let mut calls = BTreeMap::new();
-    for event in log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()) {
-        let verb = event["verb"].as_str().unwrap_or_default();
-        let kind = match verb {
-            "get" | "list" => "read",
-            "create" | "update" | "patch" | "delete" | "deletecollection" => "write",
-            _ => continue,
-        };
-        if event["user"]["username"].as_str() != Some(account.as_str()) || event["stage"].as_str() != Some("ResponseComplete") {
-            continue;
-        }
-        let what = &event["objectRef"];
-        let resource = what["resource"].as_str().unwrap_or_default();
-        let resource = what["subresource"].as_str().map_or(resource.to_owned(), |sub| format!("{resource}/{sub}"));
-        *calls.entry((kind.to_owned(), format!("{verb} {resource}"))).or_insert(0) += 1;
-    }
-    calls
 }
 
 /// How long the rounds of all proofs took, in seconds, and how many there were, from the operator's metrics.

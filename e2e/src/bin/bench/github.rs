@@ -1,0 +1,84 @@
+//! Jobs of a scale set, from the GitHub simulator: what they cost there and in the cluster, and how long things take.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use k8s_openapi::api::core::v1::Pod;
+use kube::Api;
+use mayfly_e2e::github::Organization;
+use mayfly_e2e::stage::POOL;
+use mayfly_e2e::{World, pool};
+use mayfly_github_simulator::control::Enqueue;
+use serde_json::{Value, json};
+
+use crate::measure::{Audited, Figures, Times, now, per_job};
+
+/// Jobs that come at once.
+const BURSTS: [usize; 2] = [1, 20];
+/// The same at length.
+const LONG: usize = 100;
+/// Pods at the same time.
+const SLOTS: usize = 10;
+const NAMESPACE: &str = "mayfly-bench-github";
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// Measures bursts.
+pub(crate) async fn bursts(quick: bool, figures: &mut Figures) -> Result<()> {
+    let world = World::connect().await?;
+    let organization = Organization::create(&world, "bench", "web").await?;
+    pool::namespace(&world, NAMESPACE).await?;
+    organization.secret(&world, NAMESPACE).await?;
+    let manifest = organization.manifest(NAMESPACE, POOL, |pool| pool["spec"]["scale"]["max"] = json!(SLOTS));
+    let served = pool::apply(&world, &manifest).await?;
+    pool::condition(&world, NAMESPACE, POOL, "IsolationProved", "True").await?;
+    organization.nothing_left(&world, &served).await?;
+    let times = Times::watch(Api::<Pod>::namespaced(world.client.clone(), NAMESPACE));
+    for burst in BURSTS.into_iter().chain((!quick).then_some(LONG)) {
+        measure(&world, &organization, &times, burst, figures).await?;
+        organization.nothing_left(&world, &served).await?;
+    }
+    pool::delete(&world, NAMESPACE, POOL).await
+}
+
+async fn measure(world: &World, organization: &Organization, times: &Times, burst: usize, figures: &mut Figures) -> Result<()> {
+    times.0.lock().await.clear();
+    let audited = Audited::from_now(&world.cluster)?;
+    let before = organization.simulator.counters().await?;
+    let began = now();
+    let repository = format!("{}/web", organization.name);
+    let jobs = Enqueue { repository, labels: vec!["linux".to_owned()], count: burst, script: "true".to_owned() };
+    let run = organization.simulator.enqueue(&jobs).await?;
+    let jobs = organization.simulator.finished(run, PATIENCE).await?;
+    let seconds = now() - began;
+    // The last numbers of the status are written with a delay, and pods of the last jobs go.
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    let (calls, after) = (audited.calls()?, organization.simulator.counters().await?);
+    let name = |what: &str| format!("github_burst_{burst}_{what}");
+    let counted = |counters: &Value, what: &str| counters[what].as_f64().unwrap_or_default();
+    let asked = |what: &str| (counted(&after, what) - counted(&before, what)) / burst as f64;
+    figures.add(name("calls_per_job"), asked("operator"), "1/job");
+    figures.add(name("polls_per_job"), asked("polls"), "1/job");
+    figures.add(name("kube_writes_per_job"), per_job(&calls, "write", burst), "1/job");
+    figures.add(name("kube_reads_per_job"), per_job(&calls, "read", burst), "1/job");
+    figures.add(name("jobs_per_minute"), burst as f64 * 60.0 / seconds, "1/min");
+
+    let lives = times.0.lock().await.clone();
+    let time = |text: &Option<String>| -> Result<f64> {
+        let text = text.as_deref().context("a job that is over has its times")?;
+        Ok(text.parse::<k8s_openapi::jiff::Timestamp>()?.as_millisecond() as f64 / 1000.0)
+    };
+    let (mut start, mut gone) = (Vec::new(), Vec::new());
+    for job in &jobs {
+        start.push(time(&job.started_at)? - time(&job.queued_at)?);
+        let life = job.runner.as_ref().and_then(|runner| lives.get(runner)).context("a job's pod was seen")?;
+        gone.push(life.gone.context("a pod is gone in the end")? - time(&job.completed_at)?);
+    }
+    if burst <= SLOTS.max(20) {
+        // With more jobs than pods the later ones wait for the earlier.
+        let first: Vec<f64> = lives.values().map(|life| life.seen - began).filter(|age| *age >= 0.0).take(SLOTS).collect();
+        figures.spread(&name("enqueue_to_pod_create"), first);
+    }
+    figures.spread(&name("queue_to_start"), start);
+    figures.spread(&name("completed_to_pod_gone"), gone);
+    Ok(())
+}
