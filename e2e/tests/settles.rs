@@ -1,9 +1,15 @@
 //! When nothing happens, nothing is done.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::core::v1::Pod;
+use kube::Api;
+use kube::api::ListParams;
+use mayfly_cluster::World as Place;
 use mayfly_cluster::command::output;
 use mayfly_e2e::stage::{PATIENCE, Stage, workflow};
 use mayfly_e2e::wait::eventually;
@@ -98,4 +104,51 @@ fn calls(stage: &Stage, account: &str) -> Result<BTreeSet<String>> {
         calls.insert(format!("{verb} {resource}"));
     }
     Ok(calls)
+}
+
+/// Connections to the API server of which the other end is gone without a word, as after a failover: they look quiet, and nothing fails.
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_died_without_a_word_are_noticed() -> Result<()> {
+    let stage = Stage::set_alone("deaf").await?;
+    let pool = stage.pool(|pool| pool["spec"]["scale"]["max"] = json!(2)).await?;
+    stage.hook()?;
+    let node = |script: &str| output(&mut stage.world.cluster.command_in(Place::Node, ["bash", "-ec", script]));
+    let operators: Api<Pod> = Api::namespaced(stage.world.client.clone(), SYSTEM);
+    let selector = ListParams::default().labels("app.kubernetes.io/component=controller");
+    let operator = operators.list(&selector).await?.items.pop().context("the operator's pod")?;
+    let address = operator.status.and_then(|status| status.pod_ip).context("its address")?;
+    let cut = node(&format!(
+        "ports=$(ss -tnH state established dst {address} | awk '$3 ~ /:6443$/ {{sub(/.*:/, \"\", $4); print $4}}' | paste -sd,)
+         [ -n \"$ports\" ] || exit 1
+         nft add table inet mayfly-e2e-dead
+         nft add chain inet mayfly-e2e-dead in '{{ type filter hook input priority -200; }}'
+         nft add chain inet mayfly-e2e-dead out '{{ type filter hook output priority -200; }}'
+         nft add rule inet mayfly-e2e-dead in ip saddr {address} tcp sport \"{{ $ports }}\" drop
+         nft add rule inet mayfly-e2e-dead out ip daddr {address} tcp dport \"{{ $ports }}\" drop
+         echo $ports"
+    ))?;
+    let served = async {
+        let jobs = stage.push("app", &[("ci.yml", &workflow("push", "true"))], 1).await?;
+        let most = Arc::new(AtomicUsize::new(0));
+        let watching = {
+            let (most, api) = (most.clone(), stage.pod_api());
+            tokio::spawn(async move {
+                while let Ok(pods) = api.list(&ListParams::default()).await {
+                    most.fetch_max(pods.items.len(), Ordering::Relaxed);
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                }
+            })
+        };
+        let began = Instant::now();
+        stage.succeeds("app", jobs[0].id).await?;
+        watching.abort();
+        ensure!(most.load(Ordering::Relaxed) <= 2, "{} pods, and max is 2", most.load(Ordering::Relaxed));
+        Ok(began.elapsed())
+    }
+    .await;
+    node("nft delete table inet mayfly-e2e-dead")?;
+    let took = served.with_context(|| format!("with these ports cut: {cut}"))?;
+    ensure!(took < Duration::from_secs(60), "{took:?}");
+    stage.nothing_left(&pool).await?;
+    stage.strike().await
 }

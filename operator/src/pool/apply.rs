@@ -30,7 +30,7 @@ use crate::isolation::{ForgeAddress, network_policies};
 use crate::runner::{Placement, PodRequest, Reason, runner_pod};
 
 /// Pods created or deleted at the same time per pool.
-const CONCURRENCY: usize = 8;
+const CONCURRENCY: usize = 32;
 /// First and longest wait after starts that failed in a row.
 const BACKOFF_FIRST: SignedDuration = SignedDuration::from_secs(5);
 const BACKOFF_LONGEST: SignedDuration = SignedDuration::from_mins(5);

@@ -18,7 +18,7 @@ const BURSTS: [usize; 2] = [1, 20];
 /// The same at length.
 const LONG: usize = 100;
 /// Pods at the same time.
-const SLOTS: usize = 10;
+const SLOTS: usize = 20;
 const NAMESPACE: &str = "mayfly-bench-github";
 const PATIENCE: Duration = Duration::from_secs(300);
 
@@ -60,6 +60,10 @@ async fn measure(world: &World, organization: &Organization, times: &Times, burs
     figures.add(name("polls_per_job"), asked("polls"), "1/job");
     figures.add(name("kube_writes_per_job"), per_job(&calls, "write", burst), "1/job");
     figures.add(name("kube_reads_per_job"), per_job(&calls, "read", burst), "1/job");
+    for ((kind, what), n) in &calls {
+        let what = what.replace(|c: char| !c.is_ascii_alphanumeric(), "_");
+        figures.add(name(&format!("kube_{kind}s_per_job_{what}")), f64::from(*n) / burst as f64, "1/job");
+    }
     figures.add(name("jobs_per_minute"), burst as f64 * 60.0 / seconds, "1/min");
 
     let lives = times.0.lock().await.clone();
@@ -73,10 +77,9 @@ async fn measure(world: &World, organization: &Organization, times: &Times, burs
         let life = job.runner.as_ref().and_then(|runner| lives.get(runner)).context("a job's pod was seen")?;
         gone.push(life.gone.context("a pod is gone in the end")? - time(&job.completed_at)?);
     }
-    if burst <= SLOTS.max(20) {
+    if burst <= SLOTS {
         // With more jobs than pods the later ones wait for the earlier.
-        let first: Vec<f64> = lives.values().map(|life| life.seen - began).filter(|age| *age >= 0.0).take(SLOTS).collect();
-        figures.spread(&name("enqueue_to_pod_create"), first);
+        figures.spread(&name("enqueue_to_pod_create"), lives.values().map(|life| life.seen - began).collect());
     }
     figures.spread(&name("queue_to_start"), start);
     figures.spread(&name("completed_to_pod_gone"), gone);
