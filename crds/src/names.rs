@@ -16,6 +16,9 @@ pub const LABEL_POOL: &str = "mayfly.dev/pool";
 pub const ANNOTATION_JOB: &str = "mayfly.dev/job";
 /// Annotation on a runner pod: the workflow run and file the job belongs to (`run/path@ref`).
 pub const ANNOTATION_WORKFLOW: &str = "mayfly.dev/workflow";
+/// Annotation on a runner pod: what the OIDC token of its job has to say, as a JSON object of claim names and strings. The controller
+/// writes it when the forge tells which job the pod runs; admission lets nobody else.
+pub const ANNOTATION_JOB_CLAIMS: &str = "mayfly.dev/job-claims";
 /// Annotation that a Secret must carry before the operator uses it: the URL of the one forge its content may be sent to.
 pub const ANNOTATION_FORGE: &str = "mayfly.dev/forge";
 /// Annotation that a Secret must carry before the operator uses it: the namespaces whose pools may name it, comma-separated, with

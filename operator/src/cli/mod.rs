@@ -123,6 +123,9 @@ pub(crate) struct ControllerArgs {
     /// PEM file of certificate authorities for forges with a private one.
     #[arg(long, env = "MAYFLY_FORGE_CA_FILE")]
     forge_ca_file: Option<PathBuf>,
+    /// Mark runner pods with what the OIDC tokens of their jobs have to say, for the broker. It takes two more calls to GitHub for each job.
+    #[arg(long, env = "MAYFLY_JOB_CLAIMS")]
+    job_claims: bool,
     /// HTTP proxy for all calls to forges: http://HOST:PORT. It resolves their names, and has to keep them from leading inside.
     #[arg(long, env = "MAYFLY_FORGE_PROXY", value_parser = proxy)]
     forge_proxy: Option<String>,
@@ -147,6 +150,7 @@ pub(crate) struct Settings {
     pub(crate) gate_names: Vec<String>,
     pub(crate) forge_ca: Option<Vec<u8>>,
     pub(crate) forge_proxy: Option<String>,
+    pub(crate) job_claims: bool,
     pub(crate) poll_interval: Duration,
     pub(crate) sentinel_service: String,
     pub(crate) sentinel_pods: String,
@@ -204,6 +208,7 @@ impl ControllerArgs {
             gate_names: vec![host],
             forge_ca,
             forge_proxy: self.forge_proxy,
+            job_claims: self.job_claims,
             poll_interval: Duration::from_secs(self.poll_seconds),
             sentinel_service,
             sentinel_pods,

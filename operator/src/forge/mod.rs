@@ -8,6 +8,7 @@ pub(crate) mod gitea;
 pub(crate) mod github;
 pub(crate) mod secret;
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use async_trait::async_trait;
@@ -73,6 +74,12 @@ pub(crate) trait Forge: Send + Sync + fmt::Debug {
 
     /// A runner of an earlier process has this job, as the cluster remembers: for forges that do not list jobs.
     fn remember(&self, _job: Job) {}
+
+    /// What the OIDC token of a running job says, by claim, as far as the forge tells: with it a credential is bound to the pod that runs
+    /// the job. Empty on forges that give their jobs no such tokens.
+    async fn claims(&self, _job: &Job) -> Result<BTreeMap<String, String>, ForgeError> {
+        Ok(BTreeMap::new())
+    }
 
     /// What a later process has to know to go on where this one ends.
     fn scale_set(&self) -> Option<ScaleSet> {

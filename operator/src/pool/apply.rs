@@ -13,7 +13,9 @@ use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::runtime::reflector::ObjectRef;
 use kube::{Resource, ResourceExt};
-use mayfly_crds::names::{ANNOTATION_JOB, ANNOTATION_WORKFLOW, LABEL_MANAGED_BY, MANAGED_BY, RUNNER_SERVICE_ACCOUNT, RunnerName};
+use mayfly_crds::names::{
+    ANNOTATION_JOB, ANNOTATION_JOB_CLAIMS, ANNOTATION_WORKFLOW, LABEL_MANAGED_BY, MANAGED_BY, RUNNER_SERVICE_ACCOUNT, RunnerName,
+};
 use mayfly_crds::{Failure, RunnerPool};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -139,6 +141,7 @@ pub(super) async fn apply(
     let anywhere = (0..plan.create).map(|_| None);
     let creations = each(anywhere.chain(plan.probe.iter().map(Some)).map(|node| create(ctx, pool, handle, node)).collect());
     let marks = each(observed.unmarked.iter().map(|unmarked| mark(ctx, pool, handle, unmarked)).collect());
+    observed.unclaimed.iter().for_each(|unclaimed| claim(ctx, pool, handle, forge, unclaimed));
     observed.accepted.iter().for_each(|pod| handle.job_accepted(pod));
     let pauses = each(plan.pause.iter().map(|name| pause(ctx, pool, handle, forge, name)).collect());
     futures::join!(deletions, creations, marks, pauses);
@@ -166,6 +169,28 @@ async fn mark(ctx: &Context, pool: &Pool, handle: &PoolHandle, unmarked: &Unmark
             tracing::warn!(pool = %pool.key, pod = unmarked.pod, error = error.message(), "a pod could not be marked with its job");
         }
     }
+}
+
+/// Writes onto a pod what the token of its job has to say, without keeping anybody waiting. What fails is tried again in the next pass.
+fn claim(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>, forge: &Arc<dyn Forge>, (pod, uid, job): &(String, String, Job)) {
+    if !handle.state().claiming.insert(pod.clone()) {
+        return;
+    }
+    let (ctx, pool, handle, forge) = (ctx.clone(), pool.key.clone(), handle.clone(), forge.clone());
+    let (pod, uid, job) = (pod.clone(), uid.clone(), job.clone());
+    ctx.clone().tasks.spawn(async move {
+        match forge.claims(&job).await {
+            Ok(claims) if claims.is_empty() => {}
+            Ok(claims) => {
+                let annotation = [(ANNOTATION_JOB_CLAIMS, serde_json::to_string(&claims).unwrap_or_default())];
+                if let Err(error) = ctx.io.annotate_pod(&pool.namespace, &pod, &uid, &annotation).await {
+                    tracing::warn!(%pool, pod, error = error.message(), "a pod could not be marked with its job's claims");
+                }
+            }
+            Err(error) => tracing::warn!(%pool, pod, %error, "what the token of a pod's job has to say is not known"),
+        }
+        handle.state().claiming.remove(&pod);
+    });
 }
 
 async fn delete(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>, forge: Option<&Arc<dyn Forge>>, deletion: &Deletion) {

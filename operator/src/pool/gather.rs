@@ -7,7 +7,9 @@ use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{Pod, Secret as KubeSecret};
 use kube::ResourceExt;
 use kube::runtime::reflector::ObjectRef;
-use mayfly_crds::names::{ANNOTATION_FORGE, ANNOTATION_JOB, ANNOTATION_POOL_NAMESPACES, ANNOTATION_WORKFLOW, LABEL_POOL, RunnerName};
+use mayfly_crds::names::{
+    ANNOTATION_FORGE, ANNOTATION_JOB, ANNOTATION_JOB_CLAIMS, ANNOTATION_POOL_NAMESPACES, ANNOTATION_WORKFLOW, LABEL_POOL, RunnerName,
+};
 use mayfly_crds::{ScaleSetStatus, SecretKeyRef, WaitingJob};
 use wildmatch::WildMatch;
 
@@ -46,6 +48,8 @@ pub(super) struct Observed {
     pub(super) pods: Vec<PodFacts>,
     /// Pods that do not say yet which job they have.
     pub(super) unmarked: Vec<Unmarked>,
+    /// Pods that do not say yet what the token of their job has to say, with the job.
+    pub(super) unclaimed: Vec<(String, String, Job)>,
     /// Pods that say which job they have, one that the pool accepts.
     pub(super) accepted: Vec<String>,
     /// Registrations whose pods are gone.
@@ -420,6 +424,10 @@ fn pods(ctx: &Context, pool: &Pool, handle: &PoolHandle, refusals: &BTreeMap<Job
         }
         if matches!(&role, Role::Busy { refused: None, .. }) && pod.annotations().contains_key(ANNOTATION_JOB) {
             observed.accepted.push(name.clone());
+            let job = state.registered.get(&name).and_then(|runner| state.running.get(&runner.job.as_ref()?.0));
+            if let Some(job) = job.filter(|_| ctx.settings.job_claims && !pod.annotations().contains_key(ANNOTATION_JOB_CLAIMS)) {
+                observed.unclaimed.push((name.clone(), pod.uid().unwrap_or_default(), job.clone()));
+            }
         }
         let registered = state.registered.get(&name).map(|runner| runner.since);
         let unproved = state.unproved(&name, registered, now);

@@ -14,6 +14,7 @@ mod wire;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -283,6 +284,27 @@ impl Forge for GitHub {
             Err(error) => return Err(error.into()),
         }
         Ok(())
+    }
+
+    async fn claims(&self, job: &Job) -> Result<BTreeMap<String, String>, ForgeError> {
+        let (service, repository) = (&self.shared.service, &job.key.repository);
+        let missing = |what: &str| ForgeError::NotFound { what: format!("{what} of {}", job.key) };
+        let run = service.run(repository, job.run).await?;
+        let jobs = service.run_jobs(repository, job.run).await?;
+        // Neither the message nor the token has the other's name of the job: the runner that has it joins them.
+        let mut with_runner = jobs.iter().filter(|listed| listed.runner_name.is_some() && listed.runner_name == job.runner);
+        let (Some(listed), None) = (with_runner.next(), with_runner.next()) else { return Err(missing("the one job with the runner")) };
+        let reference = self.shared.view().reference(&job.key);
+        let claims = [
+            ("repository", Some(repository.to_string())),
+            ("repository_id", Some(run.repository_id().ok_or_else(|| missing("the repository's number"))?.to_string())),
+            ("run_id", Some(job.run.to_string())),
+            ("run_attempt", (run.run_attempt > 0).then(|| run.run_attempt.to_string())),
+            ("event_name", Some(run.event).filter(|event| !event.is_empty())),
+            ("job_workflow_ref", reference),
+            ("check_run_id", Some(listed.id.to_string())),
+        ];
+        Ok(claims.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect())
     }
 
     fn note_room(&self, jobs: u32) {

@@ -171,6 +171,22 @@ impl Service {
         self.rest(&format!("/repos/{repository}/actions/runs/{run}"), "the workflow run").await
     }
 
+    /// Jobs of the last attempt at a run.
+    pub(super) async fn run_jobs(&self, repository: &Repository, run: u64) -> Result<Vec<wire::RunJob>, CallError> {
+        let mut all = Vec::new();
+        // A run has a thousand jobs at most.
+        for page in 1..=10 {
+            let path = format!("/repos/{repository}/actions/runs/{run}/jobs?filter=latest&per_page=100&page={page}");
+            let list: wire::RunJobs = self.rest(&path, "the jobs of the workflow run").await?;
+            let last = list.jobs.len() < 100;
+            all.extend(list.jobs);
+            if last {
+                break;
+            }
+        }
+        Ok(all)
+    }
+
     async fn rest<T: DeserializeOwned>(&self, path: &str, what: &str) -> Result<T, CallError> {
         let request = self.http.get(format!("{}{path}", self.url.api)).header("Authorization", self.auth.rest().await?);
         let request = request.header("Accept", "application/vnd.github+json").header("X-GitHub-Api-Version", "2022-11-28");

@@ -3,10 +3,12 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use mayfly_github_simulator::client::Simulator;
 use mayfly_github_simulator::control::{Enqueue, NewApp, NewGroup, NewOrganization, NewRepository};
 use mayfly_github_simulator::model::{Event, Fault, Flow, Settings};
-use mayfly_github_simulator::server;
+use mayfly_github_simulator::{runner, server};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
@@ -460,5 +462,51 @@ async fn a_runner_that_has_a_job_is_kept() {
     assert_eq!(client.forge.pause(&made.key).await, Ok(Removal::Busy));
     assert_eq!(client.forge.runners().await.expect("runners").len(), 1);
     assert_eq!(client.forge.deregister(&made.key).await, Ok(Removal::Done));
+    client.end().await;
+}
+
+/// The runner's stand-in has the job: GitHub says which it is, keeps its runner, and gives it a token that says what we were told.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_running_job_is_known_by_what_its_token_says() {
+    let stage = Stage::set(Settings::default()).await;
+    let client = stage.client();
+    let ask = "import json,os,time,urllib.request as u; e=os.environ; r=u.Request(e['ACTIONS_ID_TOKEN_REQUEST_URL']+'&audience=x', \
+               headers={'Authorization': 'bearer '+e['ACTIONS_ID_TOKEN_REQUEST_TOKEN']}); \
+               print('payload='+json.load(u.urlopen(r))['value'].split('.')[1]); time.sleep(3)";
+    let job = json!({"runs-on": SET, "permissions": {"id-token": "write"}, "steps": [{"run": ask, "shell": "python3 {0}"}]});
+    // Two of a kind: their names are all that tells them apart.
+    let workflow = json!({"on": "push", "jobs": {"one": job, "other": job}}).to_string();
+    stage.simulator.workflow("acme/web", "ci.yml", &workflow).await.expect("a workflow");
+    stage.push().await;
+    waiting(&client, 2).await;
+
+    let made = client.forge.register(&Reach::default(), "ci-1-a").await.expect("a registration");
+    let root = std::env::temp_dir().join(format!("mayfly-claims-{}", std::process::id()));
+    std::fs::create_dir_all(&root).expect("a folder");
+    let options = runner::Options { root: root.clone(), authorities: Vec::new(), ending: Arc::default() };
+    let configuration = made.hand_over.clone();
+    let running = tokio::task::spawn_blocking(move || runner::run(configuration.reveal(), &options));
+    let job = eventually("the job runs", || async { client.forge.jobs(JobState::InProgress).await.ok()?.pop() }).await;
+    assert_eq!(job.runner.as_deref(), Some("ci-1-a"));
+    assert_eq!(client.forge.deregister(&made.key).await, Ok(Removal::Busy), "a runner with a job is kept");
+    let claims = client.forge.claims(&job).await.expect("claims");
+
+    assert_eq!(running.await.expect("it ends"), runner::Exit::Success);
+    let run = i64::try_from(job.run).expect("a number");
+    let jobs = stage.simulator.jobs(run).await.expect("jobs");
+    let own = jobs.iter().find(|listed| listed.runner.as_deref() == Some("ci-1-a")).expect("its job");
+    let log = stage.simulator.job(own.id).await.expect("its log").log;
+    assert_eq!(claims["check_run_id"], own.id.to_string());
+    let (_, payload) = log.lines().rev().find_map(|line| line.split_once("payload=")).expect(&log);
+    let token: Value = serde_json::from_slice(&URL_SAFE_NO_PAD.decode(payload.trim()).expect("base64")).expect("claims");
+    for (name, value) in &claims {
+        let told = token[name].as_str().map_or_else(|| token[name].to_string(), str::to_owned);
+        assert_eq!(&told, value, "{name}");
+    }
+    assert!(claims.len() >= 7, "{claims:?}");
+    let key = job.key.clone();
+    eventually("its end", || async { client.forge.job(&key).await.ok()?.filter(|job| job.state == JobState::Completed) }).await;
+    assert_eq!(client.forge.deregister(&made.key).await, Ok(Removal::Gone));
+    std::fs::remove_dir_all(root).expect("removed");
     client.end().await;
 }

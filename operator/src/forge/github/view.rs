@@ -30,6 +30,8 @@ struct Known {
     job: Job,
     /// `None` for one of an earlier process.
     run: Option<Run>,
+    /// The workflow as the message names it; empty for one of an earlier process.
+    reference: String,
     order: u64,
     /// The number by which an older server wants it to be asked for; `None` where it was given out already.
     offered: Option<i64>,
@@ -66,7 +68,8 @@ impl View {
             }
             let offered = (message.message_type == "JobAvailable" && message.runner_request_id > 0).then_some(message.runner_request_id);
             let run = Some(message.run(&key.repository));
-            self.jobs.insert(key.clone(), Known { job, run, order, offered });
+            let reference = message.job_workflow_ref.clone();
+            self.jobs.insert(key.clone(), Known { job, run, reference, order, offered });
             if state == JobState::Completed {
                 self.ended.push_back(key.clone());
             }
@@ -93,7 +96,7 @@ impl View {
     pub(super) fn remember(&mut self, job: Job) {
         let order = self.order;
         self.order += 1;
-        self.jobs.entry(job.key.clone()).or_insert(Known { job, run: None, order, offered: None });
+        self.jobs.entry(job.key.clone()).or_insert(Known { job, run: None, reference: String::new(), order, offered: None });
     }
 
     /// Jobs in this state, oldest first. No more wait than the numbers say; the last to come count.
@@ -127,6 +130,11 @@ impl View {
     pub(super) fn run(&self, repository: &Repository, run: u64) -> Option<Run> {
         let of_run = |known: &&Known| known.job.run == run && known.job.key.repository == *repository;
         self.jobs.values().find(of_run).and_then(|known| known.run.clone())
+    }
+
+    /// The workflow of a job, as a message named it.
+    pub(super) fn reference(&self, job: &JobKey) -> Option<String> {
+        self.jobs.get(job).map(|known| known.reference.clone()).filter(|reference| !reference.is_empty())
     }
 
     /// The numbers by which these jobs have to be asked for.

@@ -223,8 +223,25 @@ pub(super) struct WorkflowRun {
     pub(super) path: String,
     #[serde(default)]
     pub(super) head_branch: Option<String>,
+    #[serde(default)]
+    pub(super) run_attempt: u64,
     head_repository: Option<Identified>,
     repository: Option<Identified>,
+}
+
+/// `GET /repos/{owner}/{repo}/actions/runs/{id}/jobs`.
+#[derive(Deserialize)]
+pub(super) struct RunJobs {
+    #[serde(default)]
+    pub(super) jobs: Vec<RunJob>,
+}
+
+/// One job of a run; its number is that of its check run as well.
+#[derive(Deserialize)]
+pub(super) struct RunJob {
+    pub(super) id: u64,
+    #[serde(default)]
+    pub(super) runner_name: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -234,6 +251,11 @@ struct Identified {
 }
 
 impl WorkflowRun {
+    /// GitHub's number of the repository.
+    pub(super) fn repository_id(&self) -> Option<u64> {
+        self.repository.as_ref().map(|repository| repository.id).filter(|id| *id > 0)
+    }
+
     /// `None` where one side is unknown (the fork was deleted, say).
     pub(super) fn is_from_fork(&self) -> Option<bool> {
         let id = |side: &Option<Identified>| side.as_ref().map(|repository| repository.id).filter(|id| *id > 0);
