@@ -17,7 +17,7 @@ const RUNNER: &str = env!("CARGO_BIN_EXE_runner-stand-in");
 /// What a job looks for: its registration, in every place where a careless entry point leaves it.
 const SEARCH: &str = r#"
 process=$(cat /proc/$PPID/environ /proc/$PPID/cmdline | tr '\0' '\n' | grep -c 'eyIuY3Jl[Z]' || true)
-pipe=$(tr '\0' '\n' < /proc/$PPID/environ | grep -c MAYFLY || true)
+pipe=$(tr '\0' '\n' < /proc/$PPID/environ | grep -c MAYFLY_REGISTRATION || true)
 step=$(env | grep -cE 'JITCONFIG|eyIuY3Jl[Z]' || true)
 files=$(grep -rlE 'eyIuY3Jl[Z]' "$HOME" 2>/dev/null | wc -l || true)
 echo "found: $process $pipe $step $files"
