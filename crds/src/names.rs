@@ -16,6 +16,9 @@ pub const LABEL_POOL: &str = "mayfly.dev/pool";
 pub const ANNOTATION_JOB: &str = "mayfly.dev/job";
 /// Annotation on a runner pod: the workflow run and file the job belongs to (`run/path@ref`).
 pub const ANNOTATION_WORKFLOW: &str = "mayfly.dev/workflow";
+/// Annotation on a runner pod: what the OIDC token of its job has to say, as a JSON object of claim names and strings. The controller
+/// writes it when the forge tells which job the pod runs; admission lets nobody else.
+pub const ANNOTATION_JOB_CLAIMS: &str = "mayfly.dev/job-claims";
 /// Annotation that a Secret must carry before the operator uses it: the URL of the one forge its content may be sent to.
 pub const ANNOTATION_FORGE: &str = "mayfly.dev/forge";
 /// Annotation that a Secret must carry before the operator uses it: the namespaces whose pools may name it, comma-separated, with
@@ -27,6 +30,8 @@ pub const FINALIZER_REGISTRATIONS: &str = "mayfly.dev/registrations";
 pub const RUNNER_SERVICE_ACCOUNT: &str = "mayfly-runner";
 /// Audience of the token with which a pod's gate asks the operator for its registration.
 pub const GATE_AUDIENCE: &str = "gate.mayfly.dev";
+/// Audience of the token with which a pod's gate asks the broker for a credential.
+pub const BROKER_AUDIENCE: &str = "broker.mayfly.dev";
 /// Name of the runner container in a runner pod.
 pub const RUNNER_CONTAINER: &str = "runner";
 /// Name of the gate container (a native sidecar) in a runner pod.

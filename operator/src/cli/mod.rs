@@ -11,7 +11,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use ipnet::IpNet;
 use kube::CustomResourceExt;
-use mayfly_crds::RunnerPool;
+use mayfly_crds::{CredentialBinding, RunnerPool};
 
 use crate::isolation::{ClusterFacts, Dialect, cluster_wide_denial, nameservers};
 use crate::runner::PodSettings;
@@ -218,8 +218,12 @@ fn labels(text: &str) -> Result<BTreeMap<String, String>, String> {
 
 /// Prints the CustomResourceDefinitions.
 pub(crate) fn print_crds() -> Result<()> {
-    let yaml = serde_saphyr::to_string(&RunnerPool::crd()).context("the CRD cannot be written as YAML")?;
-    io::stdout().write_all(yaml.as_bytes())?;
+    let crds = [CredentialBinding::crd(), RunnerPool::crd()];
+    for (n, crd) in crds.iter().enumerate() {
+        let yaml = serde_saphyr::to_string(crd).context("the CRD cannot be written as YAML")?;
+        let separator = if n == 0 { "" } else { "---\n" };
+        io::stdout().write_all(format!("{separator}{yaml}").as_bytes())?;
+    }
     Ok(())
 }
 
