@@ -165,7 +165,10 @@ fn examples() -> Result<Vec<(String, String)>, std::io::Error> {
                     .collect(),
                 _ => continue,
             };
-            let documents = blocks.iter().flat_map(|block| block.split("\n---\n")).filter(|text| PAGES.iter().any(|(_, kind)| text.contains(&format!("kind: {kind}"))));
+            let documents = blocks
+                .iter()
+                .flat_map(|block| block.split("\n---\n"))
+                .filter(|text| PAGES.iter().any(|(_, kind)| text.contains(&format!("kind: {kind}"))));
             found.extend(documents.map(|text| (place.clone(), text.to_owned())));
         }
     }

@@ -179,7 +179,8 @@ fn one(claim: Claim, matcher: &Matcher) -> Result<(), Fault> {
         return Err(Fault("a matcher has exactly one of exact, oneOf and prefixSegments"));
     }
     let values = values(matcher);
-    let odd = |value: &&str| value.is_empty() || value.len() > VALUE_MAX || value.contains(['*', '?']) || value.chars().any(char::is_control);
+    let odd =
+        |value: &&str| value.is_empty() || value.len() > VALUE_MAX || value.contains(['*', '?']) || value.chars().any(char::is_control);
     if values.is_empty() || values.iter().any(odd) {
         return Err(Fault("a matcher's values are taken to the letter: no wildcards, no control characters, nothing empty"));
     }

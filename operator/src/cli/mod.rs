@@ -16,6 +16,10 @@ use mayfly_crds::{CredentialBinding, RunnerPool};
 use crate::isolation::{ClusterFacts, Dialect, cluster_wide_denial, nameservers};
 use crate::runner::PodSettings;
 
+mod broker;
+
+pub(crate) use broker::{BrokerArgs, BrokerSettings};
+
 /// Where a pod is told whom to ask for names.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 
@@ -31,6 +35,11 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Watch RunnerPools and run their jobs.
     Controller(Box<ControllerArgs>),
+    /// Exchange the OIDC tokens of jobs for short-lived credentials.
+    Broker(Box<BrokerArgs>),
+    /// Read audit records.
+    #[command(subcommand)]
+    Audit(AuditCommand),
     /// Print the CustomResourceDefinitions as YAML.
     Crd,
     /// Print the denial of metadata endpoints for all runner pods, as an object of cluster scope. The chart applies it.
@@ -42,6 +51,15 @@ pub(crate) enum Command {
     Completions {
         /// The shell.
         shell: Shell,
+    },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum AuditCommand {
+    /// Check that no record of a file was changed, left out or put in.
+    Verify {
+        /// The file.
+        file: PathBuf,
     },
 }
 
@@ -235,6 +253,18 @@ pub(crate) fn print_cluster_denial(dialect: Dialect) -> Result<()> {
     Ok(())
 }
 
+/// Checks a file of audit records.
+pub(crate) fn audit(command: AuditCommand) -> Result<()> {
+    let AuditCommand::Verify { file } = command;
+    match crate::audit::verify(&file).with_context(|| file.display().to_string())? {
+        Ok(count) => {
+            writeln!(io::stdout(), "{count} records, each as it was written")?;
+            Ok(())
+        }
+        Err(line) => bail!("{}: line {line} is not what was written, or not where it was written", file.display()),
+    }
+}
+
 /// Prints a completion script.
 pub(crate) fn print_completions(shell: Shell) {
     clap_complete::generate(shell, &mut Cli::command(), "mayfly", &mut io::stdout());
@@ -256,6 +286,14 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_broker_needs_issuers_and_a_certificate() {
+        let args = ["mayfly", "broker", "--issuers-file", "/nowhere", "--tls-certificate-file", "/nowhere", "--tls-key-file", "/nowhere"];
+        let Ok(Command::Broker(args)) = Cli::try_parse_from(args).map(|cli| cli.command) else { panic!("another command") };
+        assert!(args.settings().is_err_and(|error| error.to_string().contains("--issuers-file")));
+        assert!(Cli::try_parse_from(["mayfly", "broker"]).is_err());
     }
 
     #[test]
