@@ -30,6 +30,14 @@ pub const LIFETIME_MAX: u32 = 43_200;
     status = "CredentialBindingStatus",
     derive = "PartialEq",
     doc = "A CredentialBinding says which jobs of which pools get which short-lived credential for their own OIDC token.",
+    validation = Rule::new("!has(self.spec.production) || !self.spec.production || ('environment' in self.spec.subject.claims && \
+        !has(self.spec.subject.claims['environment'].prefixSegments)) || ('ref_protected' in self.spec.subject.claims && \
+        has(self.spec.subject.claims['ref_protected'].exact) && self.spec.subject.claims['ref_protected'].exact == 'true')")
+        .message("a binding for production needs a protected ref (ref_protected: {exact: 'true'}) or a named environment: whoever may push \
+            a branch would have the credential"),
+    validation = Rule::new("!has(self.spec.provider.aws) || !has(self.spec.provider.aws.durationSeconds) || \
+        self.spec.provider.aws.durationSeconds <= self.spec.lifetimeSeconds")
+        .message("provider.aws.durationSeconds cannot be more than lifetimeSeconds"),
     printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type=='Ready')].status"),
     printcolumn(name = "Issuer", type_ = "string", json_path = ".spec.token.issuer"),
     printcolumn(name = "Audience", type_ = "string", json_path = ".spec.token.audience", priority = "1"),
@@ -39,14 +47,6 @@ pub const LIFETIME_MAX: u32 = 43_200;
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = Rule::new("!has(self.production) || !self.production || ('environment' in self.subject.claims && \
-    !has(self.subject.claims['environment'].prefixSegments)) || ('ref_protected' in self.subject.claims && \
-    has(self.subject.claims['ref_protected'].exact) && self.subject.claims['ref_protected'].exact == 'true')")
-    .message("a binding for production needs a protected ref (ref_protected: {exact: 'true'}) or a named environment: whoever may push a \
-        branch would have the credential"))]
-#[x_kube(validation = Rule::new("!has(self.provider.aws) || !has(self.provider.aws.durationSeconds) || \
-    self.provider.aws.durationSeconds <= self.lifetimeSeconds")
-    .message("provider.aws.durationSeconds cannot be more than lifetimeSeconds"))]
 pub struct CredentialBindingSpec {
     /// RunnerPools of this namespace whose jobs may use the binding.
     #[schemars(length(min = 1, max = 50), inner(length(min = 1, max = 40), regex(pattern = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")))]

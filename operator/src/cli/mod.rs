@@ -108,6 +108,12 @@ pub(crate) struct ControllerArgs {
     /// Secret that keeps the gate API's certificate; made if it is not there.
     #[arg(long, env = "MAYFLY_GATE_SECRET", default_value = "mayfly-gate-tls")]
     gate_secret: String,
+    /// Service of the broker: its certificate is made for it, as the broker may neither read nor write Secrets.
+    #[arg(long, env = "MAYFLY_BROKER_SERVICE")]
+    broker_service: Option<String>,
+    /// Secret that keeps the broker's certificate.
+    #[arg(long, env = "MAYFLY_BROKER_SECRET", default_value = "mayfly-broker-tls")]
+    broker_secret: String,
     /// Labels of the operator's own pods, which runner pods may reach: key=value, comma-separated.
     #[arg(long, env = "MAYFLY_POD_LABELS", default_value = "app.kubernetes.io/name=mayfly", value_parser = labels)]
     pod_labels: BTreeMap<String, String>,
@@ -160,6 +166,8 @@ pub(crate) struct Settings {
     pub(crate) admission_name: String,
     pub(crate) gate_secret: String,
     pub(crate) gate_names: Vec<String>,
+    /// Name of the broker, and the Secret for its certificate.
+    pub(crate) broker: Option<(String, String)>,
     pub(crate) forge_ca: Option<Vec<u8>>,
     pub(crate) poll_interval: Duration,
     pub(crate) sentinel_service: String,
@@ -185,6 +193,7 @@ impl ControllerArgs {
         }
         let host = format!("{}.{}.svc", self.gate_service, self.namespace);
         let admission_name = format!("{}.{}.svc", self.admission_service, self.namespace);
+        let broker = self.broker_service.map(|service| (format!("{service}.{}.svc", self.namespace), self.broker_secret));
         let gate_port = self.gate_address.port();
         let sentinels = |suffix: &str| format!("{}{suffix}.{}.svc", self.sentinel_service, self.namespace);
         let (sentinel_service, sentinel_pods) = (sentinels(""), sentinels("-pods"));
@@ -216,6 +225,7 @@ impl ControllerArgs {
             admission_name,
             gate_secret: self.gate_secret,
             gate_names: vec![host],
+            broker,
             forge_ca,
             poll_interval: Duration::from_secs(self.poll_seconds),
             sentinel_service,

@@ -8,8 +8,9 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use futures::future::BoxFuture;
 use openidconnect::core::CoreProviderMetadata;
-use openidconnect::{DiscoveryError, IssuerUrl};
+use openidconnect::{AsyncHttpClient, DiscoveryError, IssuerUrl};
 use reqwest::Url;
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -213,8 +214,8 @@ impl Issuer {
 
     async fn discover(&self) -> Result<Keys, CallError> {
         let url = IssuerUrl::new(self.name.clone()).map_err(|_| CallError::new("the issuer is no address"))?;
-        let client = |request: http::Request<Vec<u8>>| self.get(request);
-        let metadata = CoreProviderMetadata::discover_async(url, &client).await.map_err(|error| match error {
+        let documents = Documents { issuer: self.name.clone(), http: self.http.clone() };
+        let metadata = CoreProviderMetadata::discover_async(url, &documents).await.map_err(|error| match error {
             DiscoveryError::Request(error) => error,
             DiscoveryError::Response(status, ..) => CallError::new(format!("HTTP {status}, or not JSON by its content type")),
             DiscoveryError::Parse(_) => CallError::new("a document is not what it should be"),
@@ -230,19 +231,35 @@ impl Issuer {
                 _ => None,
             })
             .collect();
-        read_keys(&keys).map_err(|why| CallError::new(why))
+        read_keys(&keys).map_err(CallError::new)
     }
+}
 
-    /// One of the two documents, looked at before the library does.
+/// Where the library gets discovery document and key set from: each is looked at before it is handed on.
+struct Documents {
+    issuer: String,
+    http: Http,
+}
+
+impl<'c> AsyncHttpClient<'c> for Documents {
+    type Error = CallError;
+    type Future = BoxFuture<'c, Result<http::Response<Vec<u8>>, CallError>>;
+
+    fn call(&'c self, request: http::Request<Vec<u8>>) -> Self::Future {
+        Box::pin(self.get(request))
+    }
+}
+
+impl Documents {
     async fn get(&self, request: http::Request<Vec<u8>>) -> Result<http::Response<Vec<u8>>, CallError> {
         let asked = Url::parse(&request.uri().to_string()).map_err(|_| CallError::new("the key set has no address"))?;
-        let own = Url::parse(&self.name).map_err(|_| CallError::new("the issuer is no address"))?;
+        let own = Url::parse(&self.issuer).map_err(|_| CallError::new("the issuer is no address"))?;
         if asked.origin() != own.origin() {
             return Err(CallError::new("the key set is at another host than the issuer"));
         }
         let mut response = self.http.send(request, MAX_DOCUMENT).await?;
         if response.status() == http::StatusCode::OK {
-            let document = json::object(response.body()).map_err(|why| CallError::new(why))?;
+            let document = json::object(response.body()).map_err(CallError::new)?;
             *response.body_mut() = self.looked_at(document)?;
         }
         Ok(response)
@@ -253,12 +270,12 @@ impl Issuer {
             // The library leaves out keys that it does not understand, whose names count all the same.
             let keys = keys.as_array().ok_or_else(|| CallError::new("the key set is no list"))?;
             let keys: Vec<Map<String, Value>> = keys.iter().filter_map(|key| key.as_object().cloned()).collect();
-            read_keys(&keys).map_err(|why| CallError::new(why))?;
-        } else if document.get("issuer").and_then(Value::as_str) != Some(self.name.as_str()) {
+            read_keys(&keys).map_err(CallError::new)?;
+        } else if document.get("issuer").and_then(Value::as_str) != Some(self.issuer.as_str()) {
             return Err(CallError::new("the discovery document is another issuer's"));
         } else if !document.contains_key("authorization_endpoint") {
             // The standard wants one and the library insists; issuers of workload tokens, such as GitHub's, have none. Nobody reads it.
-            document.insert("authorization_endpoint".to_owned(), Value::String(self.name.clone()));
+            document.insert("authorization_endpoint".to_owned(), Value::String(self.issuer.clone()));
         }
         serde_json::to_vec(&document).map_err(|_| CallError::new("a document cannot be written"))
     }

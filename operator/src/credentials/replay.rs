@@ -65,6 +65,7 @@ impl Replay {
     }
 
     /// How many are remembered.
+    #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
         self.holders.len()
     }

@@ -55,6 +55,9 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
     let io = KubeIo::new(client.clone(), settings.instance.clone(), metrics.clone());
     let gate_tls = tls::load_or_create(&io, &namespace, &settings.gate_secret, &settings.gate_names).await?;
     settings.pods.gate_ca = gate_tls.authority.clone();
+    if let Some((name, secret)) = &settings.broker {
+        tls::load_or_create(&io, &namespace, secret, std::slice::from_ref(name)).await?;
+    }
     health.done("certificate");
 
     let (registry, wakes) = Pools::new();
