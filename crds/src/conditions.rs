@@ -18,6 +18,9 @@ pub const OVERLAPPING: &str = "Overlapping";
 /// The network engine opens the host names of `isolation.egress.hosts`, and no others. Absent where there are none.
 pub const EGRESS_HOSTS: &str = "EgressHostsEnforced";
 
+/// The binding's issuer is one of those in the operator's configuration.
+pub const ISSUER_TRUSTED: &str = "IssuerTrusted";
+
 /// Reasons, each used with one or more of the condition types.
 pub mod reasons {
     /// All is as it should be.
@@ -54,6 +57,8 @@ pub mod reasons {
     pub const NODES_LACK_SUPPORT: &str = "NodesLackSupport";
     /// No engine of the cluster's can do what the pool asks for.
     pub const ENGINE_CANNOT: &str = "EngineCannot";
+    /// The issuer is not in the operator's configuration.
+    pub const ISSUER_NOT_TRUSTED: &str = "IssuerNotTrusted";
     /// Older pools are served first.
     pub const OLDER_POOL_FIRST: &str = "OlderPoolFirst";
     /// No other pool takes the same jobs.

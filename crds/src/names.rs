@@ -30,6 +30,8 @@ pub const FINALIZER_REGISTRATIONS: &str = "mayfly.dev/registrations";
 pub const RUNNER_SERVICE_ACCOUNT: &str = "mayfly-runner";
 /// Audience of the token with which a pod's gate asks the operator for its registration.
 pub const GATE_AUDIENCE: &str = "gate.mayfly.dev";
+/// Audience of the token with which a pod's gate asks the broker for a credential.
+pub const BROKER_AUDIENCE: &str = "broker.mayfly.dev";
 /// Name of the runner container in a runner pod.
 pub const RUNNER_CONTAINER: &str = "runner";
 /// Name of the gate container (a native sidecar) in a runner pod.

@@ -1,10 +1,10 @@
-//! The reference in docs/runnerpool.md says what the API is, and every example can be applied.
+//! The references in docs/runnerpool.md and docs/credentialbinding.md say what the API is, and every example can be applied.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use kube::CustomResourceExt;
-use mayfly_crds::RunnerPool;
+use mayfly_crds::{CredentialBinding, RunnerPool};
 use serde_json::Value;
 
 type Outcome = Result<(), Box<dyn std::error::Error>>;
@@ -12,38 +12,54 @@ type Outcome = Result<(), Box<dyn std::error::Error>>;
 /// Structs of Kubernetes itself, whose fields are its documentation's business.
 const FOREIGN: [&str; 2] = ["spec.runner.tolerations", "status.conditions"];
 
+/// The pages, and the kind that each is about.
+const PAGES: [(&str, &str); 2] = [("docs/runnerpool.md", "RunnerPool"), ("docs/credentialbinding.md", "CredentialBinding")];
+
 #[test]
 fn every_field_has_a_row_with_its_default_and_bounds() -> Outcome {
-    let reference = read("docs/runnerpool.md")?;
-    let mut missing = Vec::new();
-    for root in ["spec", "status"] {
-        walk(&schema()?[root], root, &mut |path, field| {
-            let Some(row) = reference.lines().find(|line| line.starts_with(&format!("| `{path}` |"))) else {
-                missing.push(format!("`{path}` has no row"));
-                return;
-            };
-            for (what, value) in facts(field) {
-                if !row.contains(&format!("`{value}`")) {
-                    missing.push(format!("the row of `{path}` does not say {what} `{value}`"));
+    for (page, kind) in PAGES {
+        let reference = read(page)?;
+        let mut missing = Vec::new();
+        for root in ["spec", "status"] {
+            walk(&schema(kind)?[root], root, &mut |path, field| {
+                let Some(row) = reference.lines().find(|line| line.starts_with(&format!("| `{path}` |"))) else {
+                    missing.push(format!("`{path}` has no row"));
+                    return;
+                };
+                for (what, value) in facts(field) {
+                    if !row.contains(&format!("`{value}`")) {
+                        missing.push(format!("the row of `{path}` does not say {what} `{value}`"));
+                    }
                 }
-            }
-        });
+            });
+        }
+        assert!(missing.is_empty(), "{page}:\n{}", missing.join("\n"));
     }
-    assert!(missing.is_empty(), "docs/runnerpool.md:\n{}", missing.join("\n"));
     Ok(())
 }
 
 #[test]
 fn every_field_of_the_reference_exists() -> Outcome {
-    let mut known = Vec::new();
-    for root in ["spec", "status"] {
-        walk(&schema()?[root], root, &mut |path, _| known.push(path.to_owned()));
+    for (page, kind) in PAGES {
+        let mut known = Vec::new();
+        for root in ["spec", "status"] {
+            walk(&schema(kind)?[root], root, &mut |path, _| known.push(path.to_owned()));
+        }
+        let reference = read(page)?;
+        let rows = reference.lines().filter_map(|line| line.strip_prefix("| `")?.split_once('`').map(|(path, _)| path));
+        let fields = rows.filter(|path| path.starts_with("spec.") || path.starts_with("status."));
+        let strangers: Vec<&str> = fields.filter(|path| !known.iter().any(|field| field == path)).collect();
+        assert!(strangers.is_empty(), "{page} describes fields that do not exist: {strangers:?}");
     }
-    let reference = read("docs/runnerpool.md")?;
-    let rows = reference.lines().filter_map(|line| line.strip_prefix("| `")?.split_once('`').map(|(path, _)| path));
-    let fields = rows.filter(|path| path.starts_with("spec.") || path.starts_with("status."));
-    let strangers: Vec<&str> = fields.filter(|path| !known.iter().any(|field| field == path)).collect();
-    assert!(strangers.is_empty(), "docs/runnerpool.md describes fields that do not exist: {strangers:?}");
+    Ok(())
+}
+
+#[test]
+fn every_claim_of_a_binding_is_in_the_reference() -> Outcome {
+    let reference = read("docs/credentialbinding.md")?;
+    let claims = mayfly_crds::Claim::ALL.iter().map(|claim| claim.as_str());
+    let missing: Vec<&str> = claims.filter(|claim| !reference.contains(&format!("| `{claim}` |"))).collect();
+    assert!(missing.is_empty(), "docs/credentialbinding.md has no row for {missing:?}");
     Ok(())
 }
 
@@ -52,8 +68,8 @@ fn every_condition_and_reason_is_explained() -> Outcome {
     let source = read("crds/src/conditions.rs")?;
     let words: Vec<&str> = source.lines().filter_map(|line| line.trim().strip_prefix("pub const ")?.split('"').nth(1)).collect();
     assert!(words.len() > 10, "conditions.rs is not read rightly: {words:?}");
-    for page in ["docs/runnerpool.md", "docs/troubleshooting.md"] {
-        let text = read(page)?;
+    let references = PAGES.iter().map(|(page, _)| read(page)).collect::<Result<String, _>>()?;
+    for (page, text) in [("the references", references), ("docs/troubleshooting.md", read("docs/troubleshooting.md")?)] {
         let missing: Vec<&&str> = words.iter().filter(|word| !text.contains(&format!("`{word}`"))).collect();
         assert!(missing.is_empty(), "{page} does not explain {missing:?}");
     }
@@ -61,21 +77,24 @@ fn every_condition_and_reason_is_explained() -> Outcome {
 }
 
 #[test]
-fn every_example_is_a_runner_pool_of_known_fields() -> Outcome {
-    let schema = schema()?;
-    let mut count = 0;
+fn every_example_is_of_known_fields_and_can_be_used() -> Outcome {
+    let (mut pools, mut bindings) = (0, 0);
     for (place, text) in examples()? {
         let value: Value = serde_saphyr::from_str(&text).map_err(|error| format!("{place}: {error}"))?;
-        if value["kind"] != "RunnerPool" {
-            continue;
-        }
+        let Some((_, kind)) = PAGES.iter().find(|(_, kind)| value["kind"] == *kind) else { continue };
         let mut strangers = Vec::new();
-        unknown(&value["spec"], &schema["spec"], "spec", &mut strangers);
+        unknown(&value["spec"], &schema(kind)?["spec"], "spec", &mut strangers);
         assert!(strangers.is_empty(), "{place}: fields that do not exist: {strangers:?}");
-        serde_json::from_value::<RunnerPool>(value).map_err(|error| format!("{place}: {error}"))?;
-        count += 1;
+        if *kind == "RunnerPool" {
+            serde_json::from_value::<RunnerPool>(value).map_err(|error| format!("{place}: {error}"))?;
+            pools += 1;
+        } else {
+            let binding: CredentialBinding = serde_json::from_value(value).map_err(|error| format!("{place}: {error}"))?;
+            binding.spec.check().map_err(|fault| format!("{place}: {fault}"))?;
+            bindings += 1;
+        }
     }
-    assert!(count >= 5, "only {count} examples were found");
+    assert!(pools >= 5 && bindings >= 3, "only {pools} pools and {bindings} bindings were found");
     Ok(())
 }
 
@@ -87,13 +106,14 @@ fn read(path: &str) -> Result<String, String> {
     fs::read_to_string(root().join(path)).map_err(|error| format!("{path}: {error}"))
 }
 
-/// The properties of the RunnerPool schema.
-fn schema() -> Result<Value, serde_json::Error> {
-    let crd = serde_json::to_value(RunnerPool::crd())?;
+/// The properties of a kind's schema.
+fn schema(kind: &str) -> Result<Value, serde_json::Error> {
+    let crd = if kind == "RunnerPool" { RunnerPool::crd() } else { CredentialBinding::crd() };
+    let crd = serde_json::to_value(crd)?;
     Ok(crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"].clone())
 }
 
-/// Calls `visit` for every field below `schema`, lists as `field[]`.
+/// Calls `visit` for every field below `schema`, lists as `field[]`, and values of maps as `field.*`.
 fn walk(schema: &Value, path: &str, visit: &mut impl FnMut(&str, &Value)) {
     for (name, field) in schema["properties"].as_object().into_iter().flatten() {
         let path = format!("{path}.{name}");
@@ -103,6 +123,7 @@ fn walk(schema: &Value, path: &str, visit: &mut impl FnMut(&str, &Value)) {
         }
         walk(field, &path, visit);
         walk(&field["items"], &format!("{path}[]"), visit);
+        walk(&field["additionalProperties"], &format!("{path}.*"), visit);
     }
 }
 
@@ -144,7 +165,10 @@ fn examples() -> Result<Vec<(String, String)>, std::io::Error> {
                     .collect(),
                 _ => continue,
             };
-            let documents = blocks.iter().flat_map(|block| block.split("\n---\n")).filter(|text| text.contains("kind: RunnerPool"));
+            let documents = blocks
+                .iter()
+                .flat_map(|block| block.split("\n---\n"))
+                .filter(|text| PAGES.iter().any(|(_, kind)| text.contains(&format!("kind: {kind}"))));
             found.extend(documents.map(|text| (place.clone(), text.to_owned())));
         }
     }
@@ -155,6 +179,11 @@ fn examples() -> Result<Vec<(String, String)>, std::io::Error> {
 fn unknown(value: &Value, schema: &Value, path: &str, found: &mut Vec<String>) {
     if let Some(list) = value.as_array() {
         list.iter().for_each(|item| unknown(item, &schema["items"], &format!("{path}[]"), found));
+    }
+    if schema["additionalProperties"].is_object() {
+        for (name, field) in value.as_object().into_iter().flatten() {
+            unknown(field, &schema["additionalProperties"], &format!("{path}.{name}"), found);
+        }
     }
     let Some(known) = schema["properties"].as_object() else { return };
     for (name, field) in value.as_object().into_iter().flatten() {

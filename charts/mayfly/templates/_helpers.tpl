@@ -30,6 +30,19 @@ app.kubernetes.io/component: sentinel
 helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end -}}
 
+{{/* A name of its own: the gate's Service and the policies of runner pods select the controller by its. */}}
+{{- define "mayfly.brokerSelector" -}}
+app.kubernetes.io/name: mayfly-broker
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "mayfly.brokerLabels" -}}
+{{ include "mayfly.brokerSelector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/component: broker
+helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
+{{- end -}}
+
 {{- define "mayfly.pairs" -}}
 {{- $pairs := list -}}
 {{- range $key, $value := . -}}{{- $pairs = append $pairs (printf "%s=%s" $key $value) -}}{{- end -}}

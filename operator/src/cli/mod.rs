@@ -11,10 +11,14 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use ipnet::IpNet;
 use kube::CustomResourceExt;
-use mayfly_crds::RunnerPool;
+use mayfly_crds::{CredentialBinding, RunnerPool};
 
 use crate::isolation::{ClusterFacts, Dialect, cluster_wide_denial, nameservers};
 use crate::runner::PodSettings;
+
+mod broker;
+
+pub(crate) use broker::{BrokerArgs, BrokerSettings};
 
 /// Where a pod is told whom to ask for names.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
@@ -31,6 +35,11 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Watch RunnerPools and run their jobs.
     Controller(Box<ControllerArgs>),
+    /// Exchange the OIDC tokens of jobs for short-lived credentials.
+    Broker(Box<BrokerArgs>),
+    /// Read audit records.
+    #[command(subcommand)]
+    Audit(AuditCommand),
     /// Print the CustomResourceDefinitions as YAML.
     Crd,
     /// Print the denial of metadata endpoints for all runner pods, as an object of cluster scope. The chart applies it.
@@ -42,6 +51,15 @@ pub(crate) enum Command {
     Completions {
         /// The shell.
         shell: Shell,
+    },
+}
+
+#[derive(Subcommand)]
+pub(crate) enum AuditCommand {
+    /// Check that no record of a file was changed, left out or put in.
+    Verify {
+        /// The file.
+        file: PathBuf,
     },
 }
 
@@ -90,6 +108,12 @@ pub(crate) struct ControllerArgs {
     /// Secret that keeps the gate API's certificate; made if it is not there.
     #[arg(long, env = "MAYFLY_GATE_SECRET", default_value = "mayfly-gate-tls")]
     gate_secret: String,
+    /// Service of the broker: its certificate is made for it, as the broker may neither read nor write Secrets.
+    #[arg(long, env = "MAYFLY_BROKER_SERVICE")]
+    broker_service: Option<String>,
+    /// Secret that keeps the broker's certificate.
+    #[arg(long, env = "MAYFLY_BROKER_SECRET", default_value = "mayfly-broker-tls")]
+    broker_secret: String,
     /// Labels of the operator's own pods, which runner pods may reach: key=value, comma-separated.
     #[arg(long, env = "MAYFLY_POD_LABELS", default_value = "app.kubernetes.io/name=mayfly", value_parser = labels)]
     pod_labels: BTreeMap<String, String>,
@@ -148,6 +172,8 @@ pub(crate) struct Settings {
     pub(crate) admission_name: String,
     pub(crate) gate_secret: String,
     pub(crate) gate_names: Vec<String>,
+    /// Name of the broker, and the Secret for its certificate.
+    pub(crate) broker: Option<(String, String)>,
     pub(crate) forge_ca: Option<Vec<u8>>,
     pub(crate) forge_proxy: Option<String>,
     pub(crate) job_claims: bool,
@@ -175,6 +201,7 @@ impl ControllerArgs {
         }
         let host = format!("{}.{}.svc", self.gate_service, self.namespace);
         let admission_name = format!("{}.{}.svc", self.admission_service, self.namespace);
+        let broker = self.broker_service.map(|service| (format!("{service}.{}.svc", self.namespace), self.broker_secret));
         let gate_port = self.gate_address.port();
         let sentinels = |suffix: &str| format!("{}{suffix}.{}.svc", self.sentinel_service, self.namespace);
         let (sentinel_service, sentinel_pods) = (sentinels(""), sentinels("-pods"));
@@ -206,6 +233,7 @@ impl ControllerArgs {
             admission_name,
             gate_secret: self.gate_secret,
             gate_names: vec![host],
+            broker,
             forge_ca,
             forge_proxy: self.forge_proxy,
             job_claims: self.job_claims,
@@ -237,8 +265,12 @@ fn proxy(text: &str) -> Result<String, String> {
 
 /// Prints the CustomResourceDefinitions.
 pub(crate) fn print_crds() -> Result<()> {
-    let yaml = serde_saphyr::to_string(&RunnerPool::crd()).context("the CRD cannot be written as YAML")?;
-    io::stdout().write_all(yaml.as_bytes())?;
+    let crds = [CredentialBinding::crd(), RunnerPool::crd()];
+    for (n, crd) in crds.iter().enumerate() {
+        let yaml = serde_saphyr::to_string(crd).context("the CRD cannot be written as YAML")?;
+        let separator = if n == 0 { "" } else { "---\n" };
+        io::stdout().write_all(format!("{separator}{yaml}").as_bytes())?;
+    }
     Ok(())
 }
 
@@ -248,6 +280,18 @@ pub(crate) fn print_cluster_denial(dialect: Dialect) -> Result<()> {
     let yaml = serde_saphyr::to_string(&object).context("the policy cannot be written as YAML")?;
     io::stdout().write_all(yaml.as_bytes())?;
     Ok(())
+}
+
+/// Checks a file of audit records.
+pub(crate) fn audit(command: AuditCommand) -> Result<()> {
+    let AuditCommand::Verify { file } = command;
+    match crate::audit::verify(&file).with_context(|| file.display().to_string())? {
+        Ok(count) => {
+            writeln!(io::stdout(), "{count} records, each as it was written")?;
+            Ok(())
+        }
+        Err(line) => bail!("{}: line {line} is not what was written, or not where it was written", file.display()),
+    }
 }
 
 /// Prints a completion script.
@@ -271,6 +315,14 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_broker_needs_issuers_and_a_certificate() {
+        let args = ["mayfly", "broker", "--issuers-file", "/nowhere", "--tls-certificate-file", "/nowhere", "--tls-key-file", "/nowhere"];
+        let Ok(Command::Broker(args)) = Cli::try_parse_from(args).map(|cli| cli.command) else { panic!("another command") };
+        assert!(args.settings().is_err_and(|error| error.to_string().contains("--issuers-file")));
+        assert!(Cli::try_parse_from(["mayfly", "broker"]).is_err());
     }
 
     #[test]

@@ -1,19 +1,19 @@
-//! Host names of forges become addresses here, and nowhere else: one that leads where no forge may be is not spoken to.
+//! Host names of forges, issuers and clouds become addresses here, and nowhere else: one that leads where none may be is not spoken to.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 
-/// Says why an address cannot be a forge's; `None` where it can.
+/// Says why an address cannot be that of what is spoken to; `None` where it can.
 pub(crate) type Refuse = fn(&IpAddr) -> Option<String>;
 
 /// Resolves names as the system does, and refuses addresses. What is checked is what the connection is made to.
-pub(super) struct Resolver(pub(super) Refuse);
+pub(crate) struct Resolver(pub(super) Refuse);
 
 impl Resolver {
     /// For a client of HTTP.
-    pub(super) fn shared(refuse: Refuse) -> Arc<Self> {
+    pub(crate) fn shared(refuse: Refuse) -> Arc<Self> {
         Arc::new(Self(refuse))
     }
 }

@@ -14,6 +14,7 @@ use std::fmt;
 use async_trait::async_trait;
 use serde::Serialize;
 
+pub(crate) use address::{Refuse, Resolver};
 pub(crate) use client::http_client;
 pub(crate) use secret::Secret;
 

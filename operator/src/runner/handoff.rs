@@ -20,7 +20,7 @@ use axum::{Json, Router};
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 use kube::runtime::reflector::ObjectRef;
-use mayfly_crds::names::LABEL_POOL;
+use mayfly_crds::names::{GATE_AUDIENCE, LABEL_POOL};
 use mayfly_proof::{Challenge, Report};
 use tower::limit::GlobalConcurrencyLimitLayer;
 
@@ -44,7 +44,7 @@ pub(crate) struct GateApi {
 
 /// The routes.
 pub(crate) fn router(ctx: Arc<Context>) -> Router {
-    let identities = Identities::new(ctx.io.clone());
+    let identities = Identities::new(ctx.io.clone(), GATE_AUDIENCE);
     Router::new()
         .route("/v1/registration", post(registration).layer(DefaultBodyLimit::max(0)))
         .route("/v1/job", post(job).layer(DefaultBodyLimit::max(0)))

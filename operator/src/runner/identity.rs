@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use k8s_openapi::api::authentication::v1::TokenReview;
-use mayfly_crds::names::{GATE_AUDIENCE, RUNNER_SERVICE_ACCOUNT};
+use mayfly_crds::names::RUNNER_SERVICE_ACCOUNT;
 use sha2::{Digest, Sha256};
 use tokio::sync::Semaphore;
 
@@ -43,42 +43,49 @@ pub(crate) enum IdentityError {
 /// Checks tokens.
 pub(crate) struct Identities {
     io: KubeIo,
+    audience: &'static str,
     known: moka::sync::Cache<[u8; 32], PodIdentity>,
     reviews: Semaphore,
 }
 
 impl Identities {
-    pub(crate) fn new(io: KubeIo) -> Self {
+    /// For tokens that are meant for `audience`.
+    pub(crate) fn new(io: KubeIo, audience: &'static str) -> Self {
         let known = moka::sync::Cache::builder().max_capacity(10_000).time_to_live(REMEMBER).build();
-        Self { io, known, reviews: Semaphore::new(REVIEWS) }
+        Self { io, audience, known, reviews: Semaphore::new(REVIEWS) }
     }
 
     /// The pod that this `Authorization` header speaks for.
     pub(crate) async fn identify(&self, authorization: Option<&str>) -> Result<PodIdentity, IdentityError> {
-        let token = authorization
-            .and_then(|header| header.strip_prefix("Bearer "))
-            .filter(|token| !token.is_empty() && token.len() <= MAX_TOKEN)
-            .ok_or(IdentityError::Refused("a bearer token is required"))?;
+        let token = authorization.and_then(|header| header.strip_prefix("Bearer "));
+        self.identify_token(token.ok_or(IdentityError::Refused("a bearer token is required"))?).await
+    }
+
+    /// The pod that this token speaks for.
+    pub(crate) async fn identify_token(&self, token: &str) -> Result<PodIdentity, IdentityError> {
+        if token.is_empty() || token.len() > MAX_TOKEN {
+            return Err(IdentityError::Refused("the token has no sound length"));
+        }
         let digest: [u8; 32] = Sha256::digest(token.as_bytes()).into();
         if let Some(identity) = self.known.get(&digest) {
             return Ok(identity);
         }
         let permit = self.reviews.acquire().await;
-        let review = self.io.review_token(token, GATE_AUDIENCE).await?;
+        let review = self.io.review_token(token, self.audience).await?;
         drop(permit);
-        let identity = pod_of(&review).map_err(IdentityError::Refused)?;
+        let identity = pod_of(&review, self.audience).map_err(IdentityError::Refused)?;
         self.known.insert(digest, identity.clone());
         Ok(identity)
     }
 }
 
 /// The pod a review speaks of; every doubt is a refusal.
-fn pod_of(review: &TokenReview) -> Result<PodIdentity, &'static str> {
+fn pod_of(review: &TokenReview, wanted: &str) -> Result<PodIdentity, &'static str> {
     let status = review.status.as_ref().ok_or("the API server did not judge the token")?;
     if status.authenticated != Some(true) || status.error.as_ref().is_some_and(|error| !error.is_empty()) {
         return Err("the token is not valid");
     }
-    if !status.audiences.iter().flatten().any(|audience| audience == GATE_AUDIENCE) {
+    if !status.audiences.iter().flatten().any(|audience| audience == wanted) {
         return Err("the token is meant for somebody else");
     }
     let user = status.user.as_ref().ok_or("the token names nobody")?;
@@ -99,6 +106,7 @@ fn pod_of(review: &TokenReview) -> Result<PodIdentity, &'static str> {
 
 #[cfg(test)]
 mod tests {
+    use mayfly_crds::names::{BROKER_AUDIENCE, GATE_AUDIENCE};
     use serde_json::{Value, json};
 
     use super::*;
@@ -108,7 +116,7 @@ mod tests {
             "authenticated": true, "audiences": [GATE_AUDIENCE],
             "user": {"username": "system:serviceaccount:team:mayfly-runner", "extra": {POD_NAME: ["p"], POD_UID: ["u"]}}}});
         change(&mut review);
-        pod_of(&serde_json::from_value(review).expect("a TokenReview"))
+        pod_of(&serde_json::from_value(review).expect("a TokenReview"), GATE_AUDIENCE)
     }
 
     #[test]
@@ -119,11 +127,12 @@ mod tests {
 
     #[test]
     fn every_doubt_is_a_refusal() {
-        let changes: [fn(&mut Value); 9] = [
+        let changes: [fn(&mut Value); 10] = [
             |r| r["status"] = Value::Null,
             |r| r["status"]["authenticated"] = json!(false),
             |r| r["status"]["error"] = json!("expired"),
             |r| r["status"]["audiences"] = json!(["https://kubernetes.default.svc"]),
+            |r| r["status"]["audiences"] = json!([BROKER_AUDIENCE]),
             |r| r["status"]["audiences"] = Value::Null,
             |r| r["status"]["user"]["username"] = json!("system:serviceaccount:team:default"),
             |r| r["status"]["user"]["username"] = json!("admin"),

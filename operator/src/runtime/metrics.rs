@@ -35,6 +35,7 @@ pub(crate) struct Metrics {
     deregistrations: Family<Outcome, Counter>,
     webhooks: Family<Outcome, Counter>,
     forge_errors: Family<Outcome, Counter>,
+    exchanges: Family<Outcome, Counter>,
 }
 
 impl Metrics {
@@ -54,6 +55,7 @@ impl Metrics {
             deregistrations: Family::default(),
             webhooks: Family::default(),
             forge_errors: Family::default(),
+            exchanges: Family::default(),
         };
         registry.register("kube_writes", "Writes to the API server", metrics.kube_writes.clone());
         registry.register("passes", "Passes over a pool", metrics.passes.clone());
@@ -70,6 +72,7 @@ impl Metrics {
         registry.register("deregistrations", "Registrations removed other than by a job's end", metrics.deregistrations.clone());
         registry.register("webhooks", "Webhook deliveries", metrics.webhooks.clone());
         registry.register("forge_errors", "Passes that could not see the forge", metrics.forge_errors.clone());
+        registry.register("exchanges", "Requests for a credential, by what became of them", metrics.exchanges.clone());
         Self { registry: Arc::new(registry), ..metrics }
     }
 
@@ -118,6 +121,10 @@ impl Metrics {
 
     pub(crate) fn webhook(&self, outcome: &'static str) {
         self.webhooks.get_or_create(&Outcome { outcome }).inc();
+    }
+
+    pub(crate) fn exchange(&self, outcome: &'static str) {
+        self.exchanges.get_or_create(&Outcome { outcome }).inc();
     }
 
     pub(crate) fn forge_error(&self, outcome: &'static str) {

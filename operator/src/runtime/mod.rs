@@ -1,5 +1,6 @@
 //! The skeleton of the process: watches, servers, shutdown. Any part that ends by itself ends the process.
 
+mod broker;
 mod dialects;
 pub(crate) mod health;
 pub(crate) mod metrics;
@@ -31,6 +32,8 @@ use crate::pool::{self, Context, Deaf, Pools};
 use crate::runner::tls::{self, GateTls};
 use crate::runner::{handoff, sessions};
 
+pub(crate) use broker::run_broker;
+
 /// How long open requests and passes may take to end.
 const GRACE: Duration = Duration::from_secs(8);
 /// Longest silence on a connection to the API server.
@@ -40,22 +43,21 @@ const HEADERS: Duration = Duration::from_secs(10);
 
 /// Runs the controller until a signal comes or a part of it fails.
 pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
-    rustls::crypto::aws_lc_rs::default_provider().install_default().map_err(|_| anyhow!("another TLS provider is already installed"))?;
+    install_tls_provider()?;
     let metrics = metrics::Metrics::new();
     let health = health::Health::new(metrics.clone(), &["watches", "certificate"]);
     let stop = CancellationToken::new();
     let mut parts: JoinSet<Result<&'static str>> = JoinSet::new();
     serve_plain(&mut parts, "health", settings.health_address, health.router(), &stop);
 
-    let mut config = kube::Config::infer().await.context("no cluster: neither a kubeconfig nor a pod's service account was found")?;
-    config.headers.push((axum::http::header::USER_AGENT, axum::http::HeaderValue::from_static(crate::kube_io::MANAGER)));
-    // A watch hears a bookmark every minute, if nothing else: one that does not is the end of a connection whose other end is gone.
-    config.read_timeout = Some(SILENCE);
-    let client = Client::try_from(config).context("the cluster's configuration cannot be used")?;
+    let client = connect().await?;
     let namespace = settings.cluster.operator_namespace.clone();
     let io = KubeIo::new(client.clone(), settings.instance.clone(), metrics.clone());
     let gate_tls = tls::load_or_create(&io, &namespace, &settings.gate_secret, &settings.gate_names).await?;
     settings.pods.gate_ca = gate_tls.authority.clone();
+    if let Some((name, secret)) = &settings.broker {
+        tls::load_or_create(&io, &namespace, secret, std::slice::from_ref(name)).await?;
+    }
     health.done("certificate");
 
     let (registry, wakes) = Pools::new();
@@ -107,15 +109,7 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
         Ok("controller")
     });
 
-    let ended = tokio::select! {
-        ended = parts.join_next() => match ended {
-            Some(Ok(Ok(part))) => Err(anyhow!("{part} ended by itself")),
-            Some(Ok(Err(error))) => Err(error),
-            Some(Err(error)) => Err(anyhow!("a part of the process died: {error}")),
-            None => Err(anyhow!("nothing runs")),
-        },
-        signal = end_signal() => signal,
-    };
+    let ended = first_end(&mut parts).await;
     stop.cancel();
     let registry = ctx.registry.clone();
     let drain = async {
@@ -129,6 +123,32 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
         tracing::warn!("not everything ended in time");
     }
     ended
+}
+
+fn install_tls_provider() -> Result<()> {
+    rustls::crypto::aws_lc_rs::default_provider().install_default().map_err(|_| anyhow!("another TLS provider is already installed"))
+}
+
+/// A client of the cluster.
+async fn connect() -> Result<Client> {
+    let mut config = kube::Config::infer().await.context("no cluster: neither a kubeconfig nor a pod's service account was found")?;
+    config.headers.push((axum::http::header::USER_AGENT, axum::http::HeaderValue::from_static(crate::kube_io::MANAGER)));
+    // A watch hears a bookmark every minute, if nothing else: one that does not is the end of a connection whose other end is gone.
+    config.read_timeout = Some(SILENCE);
+    Client::try_from(config).context("the cluster's configuration cannot be used")
+}
+
+/// Waits for a signal, or for a part that ends by itself, which none should.
+async fn first_end(parts: &mut JoinSet<Result<&'static str>>) -> Result<()> {
+    tokio::select! {
+        ended = parts.join_next() => match ended {
+            Some(Ok(Ok(part))) => Err(anyhow!("{part} ended by itself")),
+            Some(Ok(Err(error))) => Err(error),
+            Some(Err(error)) => Err(anyhow!("a part of the process died: {error}")),
+            None => Err(anyhow!("nothing runs")),
+        },
+        signal = end_signal() => signal,
+    }
 }
 
 async fn end_signal() -> Result<()> {
@@ -172,7 +192,7 @@ async fn serve_tls(
     let handle = Handle::new();
     let mut server = axum_server::bind_rustls(address, tls).handle(handle.clone());
     hurry(server.http_builder());
-    let server = server.serve(router.into_make_service());
+    let server = server.serve(router.into_make_service_with_connect_info::<SocketAddr>());
     serve(parts, name, address, handle, Box::pin(server), stop);
     Ok(())
 }

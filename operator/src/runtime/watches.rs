@@ -139,7 +139,7 @@ fn combined() -> impl kube::runtime::Predicate<Guarded> {
 
 /// One reflector as a part of the process, which begins anew where it is told that it hears nothing; `touched` sees every object that came
 /// or changed, and (with true) every one that went.
-fn watch<K>(
+pub(super) fn watch<K>(
     parts: &mut JoinSet<Result<&'static str>>,
     stop: &CancellationToken,
     name: &'static str,
@@ -186,12 +186,12 @@ where
     store
 }
 
-fn strip<K: Resource>(object: &mut K) {
+pub(super) fn strip<K: Resource>(object: &mut K) {
     object.meta_mut().managed_fields = None;
 }
 
 /// Of a pod: who it is, where it is, and how it fares.
-fn strip_pod(pod: &mut Pod) {
+pub(super) fn strip_pod(pod: &mut Pod) {
     strip(pod);
     pod.spec = pod.spec.take().map(|spec| PodSpec { node_name: spec.node_name, ..PodSpec::default() });
 }

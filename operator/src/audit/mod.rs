@@ -1,0 +1,162 @@
+//! The audit trail: one JSON record a line, each with the hash of the one before, so that a line that is changed, left out or put in shows.
+//!
+//! A record is written, and for a file is on the disk, before what it tells of leaves the process; where it cannot be written, nothing
+//! leaves. Records hold no token and no credential, only digests.
+
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use jiff::Timestamp;
+use serde::Serialize;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+mod sink;
+
+pub(crate) use sink::{FileSink, Sink, StdoutSink};
+
+/// Version of the records' form.
+const VERSION: u32 = 1;
+/// What stands before the first record of a chain.
+pub(crate) const GENESIS: &str = "0000000000000000000000000000000000000000000000000000000000000000";
+/// What the line ends with, around the hash: it is taken away to compute the hash.
+const HASH: &str = r#","hash":""#;
+
+/// What happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub(crate) enum Action {
+    /// A credential is about to leave.
+    #[serde(rename = "credential.granted")]
+    CredentialGranted,
+    /// A credential was asked for, and refused.
+    #[serde(rename = "credential.denied")]
+    CredentialDenied,
+}
+
+/// The request that caused it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct Request {
+    /// Its correlation id, which the caller was told.
+    pub(crate) id: String,
+    /// Where it came from.
+    pub(crate) ip_address: Option<String>,
+}
+
+/// What is to be recorded.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(crate) struct Event {
+    pub(crate) action: Action,
+    /// Who did it: the pod.
+    pub(crate) actor: Value,
+    /// To what: the binding.
+    pub(crate) target: Value,
+    /// Within what: namespace and pool.
+    pub(crate) scope: Value,
+    /// What it was about: the job, the token's digest, what was given or why not.
+    pub(crate) payload: Value,
+    /// What helps to read it: the version of the program.
+    pub(crate) metadata: Value,
+    pub(crate) success: bool,
+    pub(crate) request: Request,
+}
+
+/// An event as it is written.
+#[derive(Serialize)]
+struct Record<'a> {
+    id: String,
+    version: u32,
+    occurred_at: String,
+    #[serde(flatten)]
+    event: &'a Event,
+    previous: &'a str,
+}
+
+/// Why a record was not written.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AuditError {
+    /// The sink does not take it.
+    #[error("the audit record could not be written: {0}")]
+    Sink(#[from] io::Error),
+    /// It cannot be written as JSON.
+    #[error("the audit record cannot be written as JSON: {0}")]
+    Json(#[from] serde_json::Error),
+    /// The writer died.
+    #[error("the audit writer ended")]
+    Ended,
+}
+
+struct Chain {
+    sink: Box<dyn Sink>,
+    previous: String,
+}
+
+/// The trail. Clones write to the same.
+#[derive(Clone)]
+pub(crate) struct Audit(Arc<Mutex<Chain>>);
+
+impl Audit {
+    /// Goes on where the sink's last record ended.
+    pub(crate) fn new(sink: impl Sink + 'static) -> Self {
+        let previous = sink.last_hash().unwrap_or_else(|| GENESIS.to_owned());
+        Self(Arc::new(Mutex::new(Chain { sink: Box::new(sink), previous })))
+    }
+
+    /// Writes a record. When this returns without an error, the record is where it cannot be lost with the process.
+    pub(crate) async fn write(&self, event: Event) -> Result<(), AuditError> {
+        let chain = self.0.clone();
+        // Writing to a disk takes as long as it takes: other requests go on meanwhile.
+        let written = tokio::task::spawn_blocking(move || chain.lock().unwrap_or_else(PoisonError::into_inner).write(&event));
+        written.await.map_err(|_| AuditError::Ended)?
+    }
+}
+
+impl Chain {
+    fn write(&mut self, event: &Event) -> Result<(), AuditError> {
+        let record = Record { id: uuid(), version: VERSION, occurred_at: Timestamp::now().to_string(), event, previous: &self.previous };
+        let body = serde_json::to_string(&record)?;
+        let hash = hash_of(&body);
+        let line = format!("{}{HASH}{hash}\"}}\n", &body[..body.len() - 1]);
+        self.sink.append(&line)?;
+        self.previous = hash;
+        Ok(())
+    }
+}
+
+/// A random identifier (RFC 9562, version 4).
+pub(crate) fn uuid() -> String {
+    let random = rand::random::<u128>() & !(0xf << 76 | 0x3 << 62) | 0x4 << 76 | 0x2 << 62;
+    let text = format!("{random:032x}");
+    format!("{}-{}-{}-{}-{}", &text[..8], &text[8..12], &text[12..16], &text[16..20], &text[20..])
+}
+
+fn hash_of(body: &str) -> String {
+    Sha256::digest(body.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The hash of a line, if it is that of the line's content.
+fn own_hash(line: &str) -> Option<&str> {
+    let (content, end) = line.rsplit_once(HASH)?;
+    let hash = end.strip_suffix("\"}")?;
+    (hash_of(&format!("{content}}}")) == hash).then_some(hash)
+}
+
+/// Checks a file of records: how many there are, or the number of the first line (from 1) that is not what was written, or not where it was
+/// written.
+pub(crate) fn verify(path: &Path) -> io::Result<Result<usize, usize>> {
+    let text = std::fs::read_to_string(path)?;
+    let mut previous = GENESIS.to_owned();
+    let mut count = 0;
+    for line in text.lines() {
+        count += 1;
+        let record: Value = serde_json::from_str(line).unwrap_or_default();
+        match own_hash(line) {
+            Some(hash) if record["previous"] == previous.as_str() => hash.clone_into(&mut previous),
+            _ => return Ok(Err(count)),
+        }
+    }
+    Ok(Ok(count))
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,135 @@
+//! The trail holds together, across restarts, and shows what was done to it.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use serde_json::json;
+
+use super::*;
+
+/// A sink in memory that can be told to fail.
+#[derive(Clone, Default)]
+pub(crate) struct Memory {
+    pub(crate) lines: Arc<Mutex<Vec<String>>>,
+    pub(crate) fails: Arc<AtomicBool>,
+}
+
+impl Memory {
+    /// The records so far.
+    pub(crate) fn records(&self) -> Vec<Value> {
+        let lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        lines.iter().map(|line| serde_json::from_str(line).expect("JSON")).collect()
+    }
+}
+
+impl Sink for Memory {
+    fn append(&mut self, line: &str) -> io::Result<()> {
+        if self.fails.load(Ordering::SeqCst) {
+            return Err(io::Error::other("no room"));
+        }
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner).push(line.to_owned());
+        Ok(())
+    }
+}
+
+/// A file of this test's own, which goes with it.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Self {
+        Self(std::env::temp_dir().join(format!("mayfly-audit-{}.jsonl", uuid())))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+fn event(n: u32) -> Event {
+    Event {
+        action: Action::CredentialGranted,
+        actor: json!({"kind": "Pod", "name": "p"}),
+        target: json!({"kind": "CredentialBinding", "name": "b"}),
+        scope: json!({"namespace": "ci"}),
+        payload: json!({"n": n, "text": "\",\"hash\":\""}),
+        metadata: json!({}),
+        success: true,
+        request: Request { id: uuid(), ip_address: Some("192.0.2.1".to_owned()) },
+    }
+}
+
+#[tokio::test]
+async fn a_record_has_every_field_of_its_version() {
+    let memory = Memory::default();
+    Audit::new(memory.clone()).write(event(1)).await.expect("written");
+    let record = &memory.records()[0];
+    for field in ["id", "version", "action", "actor", "target", "scope", "payload", "metadata", "occurred_at", "success", "request"] {
+        assert!(!record[field].is_null(), "{field}");
+    }
+    assert_eq!((&record["version"], &record["action"], &record["previous"]), (&json!(1), &json!("credential.granted"), &json!(GENESIS)));
+    assert!(record["occurred_at"].as_str().is_some_and(|time| time.parse::<Timestamp>().is_ok()));
+    assert_eq!(record["id"].as_str().map(|id| (id.len(), &id[14..15])), Some((36, "4")));
+}
+
+#[tokio::test]
+async fn a_chain_goes_on_after_a_restart_and_after_a_torn_line() {
+    let scratch = Scratch::new();
+    for (n, torn) in [(1, ""), (2, ""), (3, r#"{"id":"torn"#), (4, "")] {
+        let audit = Audit::new(FileSink::open(&scratch.0).expect("the file"));
+        audit.write(event(n)).await.expect("written");
+        drop(audit);
+        let mut file = std::fs::OpenOptions::new().append(true).open(&scratch.0).expect("the file");
+        std::io::Write::write_all(&mut file, torn.as_bytes()).expect("written");
+    }
+    assert_eq!(verify(&scratch.0).expect("read"), Ok(4));
+}
+
+#[tokio::test]
+async fn whatever_is_done_to_a_line_shows() {
+    let scratch = Scratch::new();
+    let audit = Audit::new(FileSink::open(&scratch.0).expect("the file"));
+    for n in 0..4 {
+        audit.write(event(n)).await.expect("written");
+    }
+    let good = std::fs::read_to_string(&scratch.0).expect("text");
+    let lines: Vec<&str> = good.lines().collect();
+    let changed = |lines: &[&str]| {
+        std::fs::write(&scratch.0, lines.join("\n")).expect("written");
+        verify(&scratch.0).expect("read")
+    };
+    let edited = lines[1].replacen(r#""n":1"#, r#""n":7"#, 1);
+    assert_ne!(edited, lines[1]);
+    assert_eq!(changed(&lines), Ok(4));
+    assert_eq!(changed(&[lines[0], &edited, lines[2], lines[3]]), Err(2), "changed");
+    assert_eq!(changed(&[lines[0], lines[2], lines[3]]), Err(2), "left out");
+    assert_eq!(changed(&[lines[0], lines[2], lines[1], lines[3]]), Err(2), "put elsewhere");
+    assert_eq!(changed(&[lines[1], lines[2]]), Err(1), "the beginning left out");
+    assert_eq!(changed(&[lines[0], lines[0]]), Err(2), "twice");
+    assert_eq!(changed(&[lines[0], "{}"]), Err(2), "put in");
+}
+
+#[test]
+fn one_process_writes_to_a_file() {
+    let scratch = Scratch::new();
+    let first = FileSink::open(&scratch.0).expect("the file");
+    assert!(FileSink::open(&scratch.0).is_err());
+    drop(first);
+    assert!(FileSink::open(&scratch.0).is_ok());
+    std::fs::write(&scratch.0, "something else\n").expect("written");
+    assert!(FileSink::open(&scratch.0).is_err(), "a file that holds no records is not appended to");
+}
+
+#[tokio::test]
+async fn a_record_that_failed_is_no_part_of_the_chain() {
+    let memory = Memory::default();
+    let audit = Audit::new(memory.clone());
+    audit.write(event(1)).await.expect("written");
+    memory.fails.store(true, Ordering::SeqCst);
+    assert!(audit.write(event(2)).await.is_err());
+    memory.fails.store(false, Ordering::SeqCst);
+    audit.write(event(3)).await.expect("written");
+    let lines = memory.lines.lock().expect("lines").clone();
+    assert_eq!(memory.records()[1]["previous"].as_str(), own_hash(lines[0].trim_end()));
+}

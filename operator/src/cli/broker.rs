@@ -1,0 +1,89 @@
+//! The broker's command line.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, anyhow};
+use clap::Args;
+
+use crate::credentials::IssuerConfig;
+use crate::forge::Secret;
+
+/// Every option can be given by its environment variable as well.
+#[derive(Args)]
+pub(crate) struct BrokerArgs {
+    /// Name of this process towards the API server, for example the pod's.
+    #[arg(long, env = "MAYFLY_INSTANCE")]
+    instance: Option<String>,
+    /// YAML file with the issuers whose tokens are believed: a list of {issuer, algorithms, maxAgeSeconds, certificateAuthorityFile}.
+    #[arg(long, env = "MAYFLY_ISSUERS_FILE")]
+    issuers_file: PathBuf,
+    /// Where the broker listens (TLS).
+    #[arg(long, env = "MAYFLY_BROKER_ADDRESS", default_value = "0.0.0.0:8443")]
+    broker_address: SocketAddr,
+    /// Where health and metrics are served.
+    #[arg(long, env = "MAYFLY_HEALTH_ADDRESS", default_value = "0.0.0.0:8081")]
+    health_address: SocketAddr,
+    /// PEM file of the certificate.
+    #[arg(long, env = "MAYFLY_TLS_CERTIFICATE_FILE")]
+    tls_certificate_file: PathBuf,
+    /// PEM file of its key.
+    #[arg(long, env = "MAYFLY_TLS_KEY_FILE")]
+    tls_key_file: PathBuf,
+    /// PEM file of certificate authorities for providers with a private one.
+    #[arg(long, env = "MAYFLY_PROVIDER_CA_FILE")]
+    provider_ca_file: Option<PathBuf>,
+    /// File that audit records are appended to. Without it they go to standard output; the log goes to standard error.
+    #[arg(long, env = "MAYFLY_AUDIT_FILE")]
+    audit_file: Option<PathBuf>,
+    /// This is the only process that gives out credentials. Without it, tokens of forges that give no per-job claim are refused: that they
+    /// are spent once is known to one process only.
+    #[arg(long, env = "MAYFLY_ONLY_REPLICA")]
+    only_replica: bool,
+    /// Most spent tokens that are remembered; while there are more, nothing is given out. A million take about 150 MB.
+    #[arg(long, env = "MAYFLY_REMEMBERED_TOKENS", default_value_t = 200_000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    remembered_tokens: u32,
+}
+
+/// Everything the broker was told.
+#[derive(Debug)]
+pub(crate) struct BrokerSettings {
+    pub(crate) instance: Option<String>,
+    /// With the certificate authorities of each, PEM.
+    pub(crate) issuers: Vec<(IssuerConfig, Option<Vec<u8>>)>,
+    pub(crate) broker_address: SocketAddr,
+    pub(crate) health_address: SocketAddr,
+    pub(crate) certificate: String,
+    pub(crate) key: Secret,
+    pub(crate) provider_ca: Option<Vec<u8>>,
+    pub(crate) audit_file: Option<PathBuf>,
+    pub(crate) only_replica: bool,
+    pub(crate) remembered_tokens: usize,
+}
+
+impl BrokerArgs {
+    /// Checks what was given, and reads the files.
+    pub(crate) fn settings(self) -> Result<BrokerSettings> {
+        let bytes = |option: &str, path: &PathBuf| std::fs::read(path).with_context(|| format!("{option} {}", path.display()));
+        let text = |option: &str, path: &PathBuf| std::fs::read_to_string(path).with_context(|| format!("{option} {}", path.display()));
+        let issuers = IssuerConfig::read_all(&text("--issuers-file", &self.issuers_file)?)
+            .map_err(|why| anyhow!("--issuers-file {}: {why}", self.issuers_file.display()))?;
+        let issuers = issuers.into_iter().map(|issuer| {
+            let authorities = issuer.certificate_authority_file.as_ref();
+            let authorities = authorities.map(|path| bytes("certificateAuthorityFile", path)).transpose()?;
+            Ok((issuer, authorities))
+        });
+        Ok(BrokerSettings {
+            instance: self.instance,
+            issuers: issuers.collect::<Result<_>>()?,
+            broker_address: self.broker_address,
+            health_address: self.health_address,
+            certificate: text("--tls-certificate-file", &self.tls_certificate_file)?,
+            key: Secret::new(text("--tls-key-file", &self.tls_key_file)?),
+            provider_ca: self.provider_ca_file.as_ref().map(|path| bytes("--provider-ca-file", path)).transpose()?,
+            audit_file: self.audit_file,
+            only_replica: self.only_replica,
+            remembered_tokens: self.remembered_tokens as usize,
+        })
+    }
+}

@@ -1,0 +1,346 @@
+//! The broker's API: who asks, may it, get it, write it down, hand it out. In this order, and nothing leaves before it is written down.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::{ConnectInfo, DefaultBodyLimit, State};
+use axum::http::{HeaderMap, header};
+use axum::response::Response;
+use axum::routing::post;
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Pod;
+use kube::ResourceExt;
+use kube::core::DeserializeGuard;
+use kube::runtime::reflector::{ObjectRef, Store};
+use mayfly_crds::names::{ANNOTATION_JOB_CLAIMS, LABEL_POOL};
+use mayfly_crds::{CredentialBinding, RunnerPool};
+use serde_json::{Value, json};
+use tokio::sync::OnceCell;
+use tower::limit::GlobalConcurrencyLimitLayer;
+
+use super::decide::{Check, Denial, Grant, PodFacts, Presenter, Public, Question, decide};
+use super::issuers::{Issuers, VerifyError};
+use super::providers::{Credential, Order, ProviderError, Providers, session_name};
+use super::replay::{Replay, SpentKey};
+use super::token::Claims;
+use super::wire::{MAX_BODY, TokenRequest, denied, granted};
+use crate::audit::{Action, Audit, Event, Request};
+use crate::runner::identity::{Identities, IdentityError, PodIdentity};
+use crate::runner::{Phase, phase};
+use crate::runtime::metrics::Metrics;
+
+/// Requests served at the same time.
+const REQUESTS: usize = 512;
+/// How long a request may take, the cloud's answer included.
+const REQUEST: Duration = Duration::from_secs(25);
+/// Answers kept for a pod that asks again: as many, and so long as a token of the longest sound life.
+const ANSWERS: u64 = 10_000;
+const ANSWER_LIFE: Duration = Duration::from_secs(900);
+/// A credential may be dated so much later than was ordered, in seconds: clocks differ.
+const SLACK: i64 = 60;
+
+/// A custom resource as the watch has it: one that cannot be read silences no other.
+pub(crate) type Guarded<K> = DeserializeGuard<K>;
+
+/// What the broker knows of the cluster.
+#[derive(Clone)]
+pub(crate) struct Known {
+    pub(crate) pods: Store<Pod>,
+    pub(crate) pools: Store<Guarded<RunnerPool>>,
+    pub(crate) bindings: Store<Guarded<CredentialBinding>>,
+}
+
+/// The broker.
+pub(crate) struct Broker {
+    known: Known,
+    identities: Identities,
+    issuers: Arc<Issuers>,
+    providers: Providers,
+    audit: Audit,
+    metrics: Metrics,
+    replay: Mutex<Replay>,
+    /// By spent token and the binding's generation: a pod that asks again, or twice at once, gets the one answer.
+    answers: moka::sync::Cache<(SpentKey, i64), Arc<OnceCell<Credential>>>,
+    started: i64,
+    alone: bool,
+}
+
+/// What the broker is made of.
+pub(crate) struct Parts {
+    pub(crate) known: Known,
+    pub(crate) identities: Identities,
+    pub(crate) issuers: Arc<Issuers>,
+    pub(crate) providers: Providers,
+    pub(crate) audit: Audit,
+    pub(crate) metrics: Metrics,
+    /// Most spent tokens that are remembered.
+    pub(crate) remembered: usize,
+    /// No other process gives out credentials.
+    pub(crate) alone: bool,
+}
+
+impl Broker {
+    /// Remembers nothing yet.
+    pub(crate) fn new(parts: Parts) -> Self {
+        Self {
+            known: parts.known,
+            identities: parts.identities,
+            issuers: parts.issuers,
+            providers: parts.providers,
+            audit: parts.audit,
+            metrics: parts.metrics,
+            replay: Mutex::new(Replay::new(parts.remembered)),
+            answers: moka::sync::Cache::builder().max_capacity(ANSWERS).time_to_live(ANSWER_LIFE).build(),
+            started: Timestamp::now().as_second(),
+            alone: parts.alone,
+        }
+    }
+}
+
+/// The routes.
+pub(crate) fn router(broker: Arc<Broker>) -> Router {
+    Router::new()
+        .route("/v1/token", post(token))
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .layer(GlobalConcurrencyLimitLayer::new(REQUESTS))
+        .with_state(broker)
+}
+
+/// What is known of a request so far, for the record.
+#[derive(Default)]
+struct Trail {
+    presenter: Option<PodIdentity>,
+    pod: Option<PodFacts>,
+    binding: String,
+    claims: Option<Claims>,
+    grant: Option<Grant>,
+}
+
+async fn token(State(broker): State<Arc<Broker>>, ConnectInfo(peer): ConnectInfo<SocketAddr>, headers: HeaderMap, body: Bytes) -> Response {
+    let request = Request { id: crate::audit::uuid(), ip_address: Some(peer.ip().to_string()) };
+    let mut trail = Trail::default();
+    let answer = tokio::time::timeout(REQUEST, broker.serve(&headers, &body, &mut trail, &request));
+    let late = || Err(Denial::new(Check::Provider, Public::TemporarilyUnavailable, "it took too long"));
+    let answer = answer.await.unwrap_or_else(|_| late());
+    match answer {
+        Ok(credential) => {
+            broker.metrics.exchange("granted");
+            granted(&credential, Timestamp::now().as_second())
+        }
+        Err(denial) => {
+            broker.metrics.exchange(outcome(&denial));
+            broker.tell(&denial, &trail, &request).await;
+            denied(denial.public, &request.id)
+        }
+    }
+}
+
+fn outcome(denial: &Denial) -> &'static str {
+    match (denial.alarm, denial.public) {
+        (true, _) => "alarm",
+        (false, Public::TemporarilyUnavailable) => "unavailable",
+        (false, Public::InvalidRequest | Public::UnsupportedGrantType | Public::InvalidScope) => "invalid",
+        (false, Public::InvalidClient) => "unauthorized",
+        (false, Public::InvalidTarget | Public::AccessDenied) => "denied",
+    }
+}
+
+impl Broker {
+    async fn serve(&self, headers: &HeaderMap, body: &[u8], trail: &mut Trail, request: &Request) -> Result<Credential, Denial> {
+        let form = "application/x-www-form-urlencoded";
+        let kind = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+        if kind.split(';').next().unwrap_or_default().trim() != form {
+            return Err(Denial::new(Check::Request, Public::InvalidRequest, "the body is no form"));
+        }
+        let asked = TokenRequest::parse(body)?;
+        trail.binding.clone_from(&asked.binding);
+
+        let presenter = self.identities.identify_token(asked.actor_token.reveal()).await.map_err(unknown_pod)?;
+        trail.presenter = Some(presenter.clone());
+        let pod = self.pod(&presenter);
+        trail.pod.clone_from(&pod);
+
+        let claims = self.issuers.verify(asked.subject_token.reveal(), Timestamp::now().as_second()).await.map_err(no_token)?;
+        trail.claims = Some(claims.clone());
+        let binding = self.binding(&presenter.namespace, &asked.binding);
+        // After everything that is waited for: what holds now is what counts.
+        let (pod, now) = (self.pod(&presenter).or(pod), Timestamp::now().as_second());
+        let question = Question {
+            token: &claims,
+            presenter: Presenter { namespace: &presenter.namespace, name: &presenter.name, uid: &presenter.uid },
+            pod: pod.as_ref(),
+            binding: binding.as_ref(),
+            lifetime: asked.lifetime,
+            started: self.started,
+            alone: self.alone,
+            now,
+        };
+        let grant = decide(&question, &mut self.replay.lock().unwrap_or_else(PoisonError::into_inner))?;
+        trail.grant = Some(grant.clone());
+        let Some(binding) = binding else {
+            return Err(Denial::new(Check::Binding, Public::InvalidTarget, "the binding is gone"));
+        };
+
+        let credential = self.exchange(&asked, &claims, &binding, &grant, now).await?;
+        let event = self.event(Action::CredentialGranted, trail, request, Some(&credential), None);
+        if let Err(error) = self.audit.write(event).await {
+            tracing::error!(%error, request = request.id, "nothing leaves");
+            return Err(Denial::new(Check::Audit, Public::TemporarilyUnavailable, "the audit record could not be written"));
+        }
+        Ok(credential)
+    }
+
+    /// One exchange for one token, however often its pod asks.
+    async fn exchange(
+        &self,
+        asked: &TokenRequest,
+        claims: &Claims,
+        binding: &CredentialBinding,
+        grant: &Grant,
+        now: i64,
+    ) -> Result<Credential, Denial> {
+        let claim = |name: &str| claims.get(name).unwrap_or_default();
+        let session = session_name(claim("run_id"), claim("run_attempt"), claim("check_run_id"));
+        let order = Order {
+            provider: &binding.spec.provider,
+            token: &asked.subject_token,
+            token_expires: claims.expires,
+            lifetime: grant.lifetime,
+            session: &session,
+            now,
+        };
+        let answer = self.answers.get_with((claims.spent_as(), grant.generation), Arc::default);
+        let credential = answer.get_or_try_init(|| self.providers.exchange(&order)).await.map_err(|error| {
+            let public = match &error {
+                ProviderError::Refused(_) => Public::AccessDenied,
+                ProviderError::Unavailable(_) => Public::TemporarilyUnavailable,
+            };
+            Denial::new(Check::Provider, public, error.to_string())
+        })?;
+        if credential.expires <= now {
+            return Err(Denial::new(Check::Provider, Public::InvalidRequest, "the credential of this token has ended"));
+        }
+        if credential.expires > now + i64::from(grant.lifetime) + SLACK {
+            return Err(Denial::new(Check::Provider, Public::AccessDenied, "the provider gave more life than was ordered"));
+        }
+        Ok(credential.clone())
+    }
+
+    /// The pod as the watch knows it.
+    fn pod(&self, identity: &PodIdentity) -> Option<PodFacts> {
+        let pod = self.known.pods.get(&ObjectRef::<Pod>::new(&identity.name).within(&identity.namespace))?;
+        Some(self.facts(&pod))
+    }
+
+    fn facts(&self, pod: &Pod) -> PodFacts {
+        let namespace = pod.namespace().unwrap_or_default();
+        let runs = pod.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Running");
+        PodFacts {
+            name: pod.name_any(),
+            uid: pod.uid().unwrap_or_default(),
+            pool: pod.labels().get(LABEL_POOL).filter(|pool| self.owns(&namespace, pool, pod)).cloned(),
+            running: runs && matches!(phase(pod), Phase::Alive { .. }),
+            job_claims: pod.annotations().get(ANNOTATION_JOB_CLAIMS).cloned(),
+            namespace,
+        }
+    }
+
+    /// A label anybody could have written; an owner by UID is the pool that is there.
+    fn owns(&self, namespace: &str, pool: &str, pod: &Pod) -> bool {
+        let known = self.known.pools.get(&ObjectRef::<Guarded<RunnerPool>>::new(pool).within(namespace));
+        let uid = known.and_then(|pool| pool.uid());
+        uid.is_some_and(|uid| pod.owner_references().iter().any(|owner| owner.kind == "RunnerPool" && owner.uid == uid))
+    }
+
+    fn binding(&self, namespace: &str, name: &str) -> Option<CredentialBinding> {
+        let found = self.known.bindings.get(&ObjectRef::<Guarded<CredentialBinding>>::new(name).within(namespace))?;
+        found.0.as_ref().ok().cloned()
+    }
+
+    /// Logs and records that nothing was given out.
+    async fn tell(&self, denial: &Denial, trail: &Trail, request: &Request) {
+        let pod = trail.presenter.as_ref().map(|pod| format!("{}/{}", pod.namespace, pod.name)).unwrap_or_default();
+        let (id, binding, check, reason) = (&request.id, &trail.binding, denial.check, &denial.reason);
+        match denial.alarm {
+            true => tracing::error!(request = id, pod, binding, ?check, reason, "ALARM: a token is not where it belongs"),
+            false => tracing::info!(request = id, pod, binding, ?check, reason, "no credential"),
+        }
+        // Callers that nobody knows are counted and logged, not recorded: anybody who reaches the port could fill the trail.
+        if trail.presenter.is_none() || denial.check == Check::Audit {
+            return;
+        }
+        let event = self.event(Action::CredentialDenied, trail, request, None, Some(denial));
+        if let Err(error) = self.audit.write(event).await {
+            tracing::error!(%error, request = request.id, "a denial is not recorded");
+        }
+    }
+
+    fn event(&self, action: Action, trail: &Trail, request: &Request, credential: Option<&Credential>, denial: Option<&Denial>) -> Event {
+        let presenter = trail.presenter.as_ref();
+        let pool = trail.pod.as_ref().and_then(|pod| pod.pool.clone());
+        let grant = trail.grant.as_ref();
+        Event {
+            action,
+            actor: json!({
+                "kind": "Pod", "namespace": presenter.map(|pod| &pod.namespace), "name": presenter.map(|pod| &pod.name),
+                "uid": presenter.map(|pod| &pod.uid),
+            }),
+            target: json!({
+                "kind": "CredentialBinding", "name": trail.binding, "uid": grant.map(|grant| &grant.binding_uid),
+                "generation": grant.map(|grant| grant.generation),
+            }),
+            scope: json!({"namespace": presenter.map(|pod| &pod.namespace), "pool": pool}),
+            payload: json!({
+                "token": trail.claims.as_ref().map(token_of), "grant": grant,
+                "credential": credential.map(|credential| json!({"expires": credential.expires, "about": credential.about})),
+                "denial": denial,
+            }),
+            metadata: json!({"program": concat!("mayfly/", env!("CARGO_PKG_VERSION"))}),
+            success: denial.is_none(),
+            request: request.clone(),
+        }
+    }
+}
+
+/// What records say of a token: its digest, and whose job it is of.
+fn token_of(claims: &Claims) -> Value {
+    let names = [
+        "repository",
+        "repository_id",
+        "run_id",
+        "run_attempt",
+        "check_run_id",
+        "event_name",
+        "ref",
+        "environment",
+        "job_workflow_ref",
+        "actor_id",
+    ];
+    let job: serde_json::Map<String, Value> =
+        names.iter().filter_map(|name| Some(((*name).to_owned(), json!(claims.get(name)?)))).collect();
+    json!({
+        "sha256": claims.digest_text(), "issuer": claims.issuer, "audience": claims.audience, "subject": claims.subject,
+        "jti": claims.jti, "expires": claims.expires, "job": job,
+    })
+}
+
+fn unknown_pod(error: IdentityError) -> Denial {
+    match error {
+        IdentityError::Refused(why) => Denial::new(Check::PodToken, Public::InvalidClient, why),
+        IdentityError::Unavailable(error) => Denial::new(Check::PodToken, Public::TemporarilyUnavailable, error.to_string()),
+    }
+}
+
+fn no_token(error: VerifyError) -> Denial {
+    let public = match error {
+        VerifyError::Unavailable => Public::TemporarilyUnavailable,
+        VerifyError::Token(_) | VerifyError::Untrusted | VerifyError::UnknownKey => Public::InvalidRequest,
+    };
+    Denial::new(Check::Token, public, error.to_string())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,143 @@
+//! Public keys of issuers, and what of a key set is taken.
+
+use std::collections::HashMap;
+
+use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED, RSA_PKCS1_2048_8192_SHA256, RsaPublicKeyComponents, UnparsedPublicKey};
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use serde_json::{Map, Value};
+
+use super::token::Algorithm;
+
+/// Most keys that an issuer may have.
+const MAX_KEYS: usize = 32;
+/// Shortest and longest RSA modulus, in bits.
+const RSA_BITS: std::ops::RangeInclusive<usize> = 2048..=8192;
+/// Least RSA exponent.
+const RSA_EXPONENT: u64 = 65_537;
+
+/// A key that verifies with one algorithm.
+#[derive(Clone)]
+pub(crate) enum Key {
+    /// For [`Algorithm::Rs256`].
+    Rsa(RsaPublicKeyComponents<Vec<u8>>),
+    /// For [`Algorithm::Es256`]: the uncompressed point.
+    P256(Vec<u8>),
+}
+
+/// An issuer's keys by their name.
+pub(crate) type Keys = HashMap<String, Key>;
+
+impl Key {
+    /// Whether `signature` over `message` is this key's, with this algorithm.
+    pub(crate) fn verifies(&self, algorithm: Algorithm, message: &[u8], signature: &[u8]) -> bool {
+        match (self, algorithm) {
+            (Self::Rsa(key), Algorithm::Rs256) => key.verify(&RSA_PKCS1_2048_8192_SHA256, message, signature).is_ok(),
+            (Self::P256(point), Algorithm::Es256) => {
+                UnparsedPublicKey::new(&ECDSA_P256_SHA256_FIXED, point).verify(message, signature).is_ok()
+            }
+            _ => false,
+        }
+    }
+
+    /// Reads a JWK (RFC 7517, 7518). `None` for a key that is not for signatures of the two algorithms, or too weak.
+    fn read(jwk: &Map<String, Value>) -> Option<Self> {
+        let text = |name: &str| jwk.get(name).and_then(Value::as_str);
+        let number = |name: &str| URL_SAFE_NO_PAD.decode(text(name)?).ok();
+        if jwk.get("use").is_some_and(|purpose| purpose != "sig") {
+            return None;
+        }
+        let alg = jwk.get("alg").map(|alg| alg.as_str().unwrap_or_default());
+        match text("kty")? {
+            "RSA" if alg.is_none_or(|alg| alg == "RS256") => {
+                let (n, e) = (unpadded(number("n")?), unpadded(number("e")?));
+                let bits = n.len() * 8 - n.first()?.leading_zeros() as usize;
+                let exponent = (e.len() <= 8).then(|| e.iter().fold(0_u64, |value, byte| value << 8 | u64::from(*byte)))?;
+                let sound = RSA_BITS.contains(&bits) && n.last()? % 2 == 1 && exponent >= RSA_EXPONENT && exponent % 2 == 1;
+                sound.then_some(Self::Rsa(RsaPublicKeyComponents { n, e }))
+            }
+            "EC" if alg.is_none_or(|alg| alg == "ES256") && text("crv") == Some("P-256") => {
+                let (x, y) = (number("x")?, number("y")?);
+                (x.len() == 32 && y.len() == 32).then(|| Self::P256([vec![4], x, y].concat()))
+            }
+            _ => None,
+        }
+    }
+}
+
+fn unpadded(number: Vec<u8>) -> Vec<u8> {
+    number.into_iter().skip_while(|byte| *byte == 0).collect()
+}
+
+/// The usable keys of a key set. A set with two keys of one name, or with too many, is refused whole: which one is meant, nobody knows.
+pub(crate) fn read_keys(set: &[Map<String, Value>]) -> Result<Keys, &'static str> {
+    if set.len() > MAX_KEYS {
+        return Err("the issuer publishes too many keys");
+    }
+    let mut keys = Keys::new();
+    let mut names = std::collections::HashSet::new();
+    for jwk in set {
+        let Some(kid) = jwk.get("kid").and_then(Value::as_str) else { continue };
+        if !names.insert(kid) {
+            return Err("the issuer publishes two keys of one name");
+        }
+        if let Some(key) = Key::read(jwk) {
+            keys.insert(kid.to_owned(), key);
+        }
+    }
+    match keys.is_empty() {
+        true => Err("the issuer publishes no key that can be used"),
+        false => Ok(keys),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mayfly_github_simulator::keys::RsaKey;
+    use serde_json::json;
+
+    use super::*;
+
+    fn jwk(change: impl Fn(&mut Value)) -> Map<String, Value> {
+        let mut value = RsaKey::generate().expect("a key").jwk();
+        change(&mut value);
+        value.as_object().expect("an object").clone()
+    }
+
+    #[test]
+    fn weak_and_foreign_keys_are_left_out() {
+        let text = |bytes: &[u8]| URL_SAFE_NO_PAD.encode(bytes);
+        let short = text(&[&[0xc3; 127][..], &[1]].concat());
+        assert!(Key::read(&jwk(|_| {})).is_some());
+        let padded = |key: &mut Value| {
+            let n = URL_SAFE_NO_PAD.decode(key["n"].as_str().expect("n")).expect("base64");
+            key["n"] = json!(text(&[&[0, 0], &n[..]].concat()));
+        };
+        assert!(Key::read(&jwk(padded)).is_some(), "leading zeros are no strength and no weakness");
+        let changes: [(&str, &dyn Fn(&mut Value)); 9] = [
+            ("1024 bits", &|key| key["n"] = json!(short)),
+            ("1024 bits behind zeros", &|key| key["n"] = json!(text(&[&[0; 200][..], &[0xc3; 127], &[1]].concat()))),
+            ("an even modulus", &|key| key["n"] = json!(text(&[&[0xc3; 255][..], &[2]].concat()))),
+            ("e = 1", &|key| key["e"] = json!("AQ")),
+            ("e = 3", &|key| key["e"] = json!("Aw")),
+            ("for encryption", &|key| key["use"] = json!("enc")),
+            ("another algorithm", &|key| key["alg"] = json!("PS256")),
+            ("symmetric", &|key| *key = json!({"kty": "oct", "kid": "a", "k": "AAAA"})),
+            ("another curve", &|key| *key = json!({"kty": "EC", "kid": "a", "crv": "P-384", "x": text(&[1; 48]), "y": text(&[1; 48])})),
+        ];
+        for (what, change) in changes {
+            assert!(Key::read(&jwk(change)).is_none(), "{what}");
+        }
+    }
+
+    #[test]
+    fn a_set_whose_names_are_not_unique_is_refused_whole() {
+        let named = |name: &'static str| jwk(move |key| key["kid"] = json!(name));
+        assert_eq!(read_keys(&[named("a"), named("b")]).map(|keys| keys.len()), Ok(2));
+        assert!(read_keys(&[named("a"), named("a")]).is_err());
+        let weak = jwk(|key| (key["kid"], key["e"]) = (json!("a"), json!("AQ")));
+        assert!(read_keys(&[named("a"), weak]).is_err(), "one that is left out has a name as well");
+        assert!(read_keys(&[]).is_err());
+        assert!(read_keys(&vec![named("a"); MAX_KEYS + 1]).is_err());
+    }
+}
