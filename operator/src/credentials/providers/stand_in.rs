@@ -10,11 +10,16 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use tokio::task::JoinHandle;
 
+/// Status and body of each answer.
+type Answers = Arc<Mutex<Vec<(u16, String)>>>;
+/// The parameters of each call.
+type Asked = Arc<Mutex<Vec<Vec<(String, String)>>>>;
+
 /// An STS that answers what it was told to, one answer a call, the last one for ever, and keeps what it was asked.
 #[derive(Clone)]
 pub(crate) struct Sts {
-    answers: Arc<Mutex<Vec<(u16, String)>>>,
-    pub(crate) asked: Arc<Mutex<Vec<Vec<(String, String)>>>>,
+    answers: Answers,
+    asked: Asked,
     pub(crate) url: String,
     _task: Arc<Abort>,
 }
@@ -40,11 +45,7 @@ impl Sts {
         Self { answers, asked, url, _task: Arc::new(Abort(task)) }
     }
 
-    #[expect(clippy::type_complexity, reason = "the two lists of the stand-in")]
-    async fn answer(
-        State((answers, asked)): State<(Arc<Mutex<Vec<(u16, String)>>>, Arc<Mutex<Vec<Vec<(String, String)>>>>)>,
-        body: String,
-    ) -> Response {
+    async fn answer(State((answers, asked)): State<(Answers, Asked)>, body: String) -> Response {
         asked.lock().expect("asked").push(form_urlencoded::parse(body.as_bytes()).into_owned().collect());
         let mut answers = answers.lock().expect("answers");
         let (status, text) = if answers.len() > 1 { answers.remove(0) } else { answers[0].clone() };
