@@ -249,9 +249,12 @@ mod tests {
         }
     }
 
+    /// A word of the reason, and what is changed.
+    type Row = (&'static str, fn(&mut Value));
+
     #[test]
     fn every_dangerous_shape_is_refused_with_its_reason() {
-        let changes: [(&str, fn(&mut Value)); 23] = [
+        let changes: [Row; 23] = [
             ("no repository", |s| s["subject"]["claims"] = json!({"ref": {"exact": "refs/heads/main"}})),
             ("no repository", |s| s["subject"]["claims"] = json!({"repository_owner_id": {"exact": "7"}})),
             ("taken over", |s| s["subject"]["claims"] = json!({"repository": {"exact": "acme/web"}})),

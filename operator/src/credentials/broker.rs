@@ -160,14 +160,13 @@ impl Broker {
 
         let presenter = self.identities.identify_token(asked.actor_token.reveal()).await.map_err(unknown_pod)?;
         trail.presenter = Some(presenter.clone());
-        let pod = self.pod(&presenter);
-        trail.pod.clone_from(&pod);
+        trail.pod = self.pod(&presenter);
 
         let claims = self.issuers.verify(asked.subject_token.reveal(), Timestamp::now().as_second()).await.map_err(no_token)?;
         trail.claims = Some(claims.clone());
         let binding = self.binding(&presenter.namespace, &asked.binding);
         // After everything that is waited for: what holds now is what counts.
-        let (pod, now) = (self.pod(&presenter).or(pod), Timestamp::now().as_second());
+        let (pod, now) = (self.pod(&presenter), Timestamp::now().as_second());
         let question = Question {
             token: &claims,
             presenter: Presenter { namespace: &presenter.namespace, name: &presenter.name, uid: &presenter.uid },
@@ -185,6 +184,10 @@ impl Broker {
         };
 
         let credential = self.exchange(&asked, &claims, &binding, &grant, now).await?;
+        // The cloud may have taken its time, and the pod may be gone meanwhile.
+        if !self.pod(&presenter).is_some_and(|pod| pod.uid == presenter.uid && pod.running) {
+            return Err(Denial::new(Check::Pod, Public::InvalidClient, "the pod ended before its credential was there"));
+        }
         let event = self.event(Action::CredentialGranted, trail, request, Some(&credential), None);
         if let Err(error) = self.audit.write(event).await {
             tracing::error!(%error, request = request.id, "nothing leaves");

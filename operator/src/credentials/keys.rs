@@ -104,6 +104,9 @@ mod tests {
         value.as_object().expect("an object").clone()
     }
 
+    /// What is wrong with a key, and how it gets so.
+    type Fault<'a> = (&'static str, &'a dyn Fn(&mut Value));
+
     #[test]
     fn weak_and_foreign_keys_are_left_out() {
         let text = |bytes: &[u8]| URL_SAFE_NO_PAD.encode(bytes);
@@ -114,7 +117,7 @@ mod tests {
             key["n"] = json!(text(&[&[0, 0], &n[..]].concat()));
         };
         assert!(Key::read(&jwk(padded)).is_some(), "leading zeros are no strength and no weakness");
-        let changes: [(&str, &dyn Fn(&mut Value)); 9] = [
+        let changes: [Fault<'_>; 9] = [
             ("1024 bits", &|key| key["n"] = json!(short)),
             ("1024 bits behind zeros", &|key| key["n"] = json!(text(&[&[0; 200][..], &[0xc3; 127], &[1]].concat()))),
             ("an even modulus", &|key| key["n"] = json!(text(&[&[0xc3; 255][..], &[2]].concat()))),

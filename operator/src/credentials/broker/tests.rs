@@ -257,6 +257,25 @@ async fn what_holds_now_counts() {
 }
 
 #[tokio::test]
+async fn a_pod_that_ends_while_the_cloud_takes_its_time_gets_nothing() {
+    let mut stage = Stage::set(both()).await;
+    let token = stage.token(|_| {}).await;
+    let mut pods = std::mem::replace(&mut stage.pods, reflector::store().1);
+    let hold = stage.sts.hold.clone();
+    let held = hold.write().await;
+    let end = async {
+        while stage.sts.calls() == 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        pods.apply_watcher_event(&WatchEvent::Delete(pod("linux-1", "uid-1", &job("31"))));
+        drop(held);
+    };
+    let ((status, answer), ()) = tokio::join!(stage.ask("pod-1", &token), end);
+    assert_eq!((status, &answer["error"]), (StatusCode::UNAUTHORIZED, &json!("invalid_client")));
+    assert_eq!(stage.audit.records()[0]["action"], "credential.denied");
+}
+
+#[tokio::test]
 async fn callers_learn_a_word_and_a_number_and_no_more() {
     let stage = Stage::set(both()).await;
     let cases = [

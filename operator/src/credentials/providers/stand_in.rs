@@ -8,13 +8,21 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
+use tokio::sync::RwLock;
 use tokio::task::JoinHandle;
+
+/// Status and body of each answer.
+type Answers = Arc<Mutex<Vec<(u16, String)>>>;
+/// The parameters of each call.
+type Asked = Arc<Mutex<Vec<Vec<(String, String)>>>>;
 
 /// An STS that answers what it was told to, one answer a call, the last one for ever, and keeps what it was asked.
 #[derive(Clone)]
 pub(crate) struct Sts {
-    answers: Arc<Mutex<Vec<(u16, String)>>>,
-    pub(crate) asked: Arc<Mutex<Vec<Vec<(String, String)>>>>,
+    answers: Answers,
+    asked: Asked,
+    /// While somebody holds it for writing, nothing is answered.
+    pub(crate) hold: Arc<RwLock<()>>,
     pub(crate) url: String,
     _task: Arc<Abort>,
 }
@@ -32,20 +40,17 @@ impl Sts {
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let url = format!("http://{}", listener.local_addr().expect("an address"));
-        let (answers, asked) = (Arc::new(Mutex::new(answers)), Arc::default());
-        let state = (answers.clone(), Arc::clone(&asked));
+        let (answers, asked, hold) = (Arc::new(Mutex::new(answers)), Arc::default(), Arc::default());
+        let state = (answers.clone(), Arc::clone(&asked), Arc::clone(&hold));
         let router = Router::new().route("/", post(Self::answer)).with_state(state);
         #[expect(clippy::disallowed_methods, reason = "a test's own server ends with the test")]
         let task = tokio::spawn(async move { drop(axum::serve(listener, router).await) });
-        Self { answers, asked, url, _task: Arc::new(Abort(task)) }
+        Self { answers, asked, hold, url, _task: Arc::new(Abort(task)) }
     }
 
-    #[expect(clippy::type_complexity, reason = "the two lists of the stand-in")]
-    async fn answer(
-        State((answers, asked)): State<(Arc<Mutex<Vec<(u16, String)>>>, Arc<Mutex<Vec<Vec<(String, String)>>>>)>,
-        body: String,
-    ) -> Response {
+    async fn answer(State((answers, asked, hold)): State<(Answers, Asked, Arc<RwLock<()>>)>, body: String) -> Response {
         asked.lock().expect("asked").push(form_urlencoded::parse(body.as_bytes()).into_owned().collect());
+        drop(hold.read().await);
         let mut answers = answers.lock().expect("answers");
         let (status, text) = if answers.len() > 1 { answers.remove(0) } else { answers[0].clone() };
         let status = StatusCode::from_u16(status).expect("a status");

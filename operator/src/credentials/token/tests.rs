@@ -92,10 +92,13 @@ fn a_number_that_does_not_fit_has_no_text_rather_than_a_wrong_one() {
     }
 }
 
+/// What is tried, and how a header is changed for it.
+type Trick = (&'static str, fn(&mut Value));
+
 #[test]
 fn headers_play_no_tricks() {
     let signer = Signer::new();
-    let changes: [(&str, fn(&mut Value)); 24] = [
+    let changes: [Trick; 24] = [
         ("none", |h| h["alg"] = json!("none")),
         ("None", |h| h["alg"] = json!("None")),
         ("nOnE", |h| h["alg"] = json!("nOnE")),
@@ -163,7 +166,7 @@ fn signatures_are_the_whole_signature_of_the_whole_token_by_the_right_key() {
         with(&[&[0], &bytes[..]].concat()),
         with(&[&bytes[..], &[0]].concat()),
         with(&vec![0; bytes.len()]),
-        with(&vec![1; 1]),
+        with(&[1]),
     ];
     for (n, token) in bad.iter().enumerate() {
         assert!(signer.verify(token).is_err(), "{n}");
