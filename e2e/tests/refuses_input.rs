@@ -33,7 +33,25 @@ fn cases() -> Vec<Case> {
         ("nothing changed", |_| {}, ""),
         ("no forge", |p| p["spec"]["forge"] = json!({}), "name exactly one forge"),
         ("two forges", |p| p["spec"]["forge"]["github"] = json!({"url": "https://github.com/acme"}), "name exactly one forge"),
-        ("github alone", |p| p["spec"]["forge"] = json!({"github": {"url": "https://github.com/acme"}}), "not served by this version"),
+        (
+            "github without a credential",
+            |p| p["spec"]["forge"] = json!({"github": {"url": "https://github.com/acme"}}),
+            "exactly one credential",
+        ),
+        ("github", |p| p["spec"]["forge"] = json!({"github": {"url": "https://github.com/acme", "tokenSecretRef": {"name": "t"}}}), ""),
+        (
+            "github without an organization",
+            |p| p["spec"]["forge"] = json!({"github": {"url": "https://github.com/", "tokenSecretRef": {"name": "t"}}}),
+            "spec.forge.github.url",
+        ),
+        (
+            "a scale set's name that is a query",
+            |p| {
+                p["spec"]["forge"] =
+                    json!({"github": {"url": "https://github.com/acme", "tokenSecretRef": {"name": "t"}, "scaleSet": {"name": "a&b"}}})
+            },
+            "spec.forge.github.scaleSet.name",
+        ),
         ("no scope", |p| gitea(p)["scope"] = json!({}), "name exactly one scope"),
         ("two scopes", |p| gitea(p)["scope"]["instance"] = json!({}), "name exactly one scope"),
         ("instance scope", |p| gitea(p)["scope"] = json!({"instance": {}}), ""),
