@@ -19,6 +19,10 @@ use serde_json::{Value, json};
 
 use crate::runtime::metrics::Metrics;
 
+mod connect;
+
+pub(crate) use connect::connect;
+
 /// Field manager of everything the controller applies.
 pub(crate) const MANAGER: &str = "mayfly-controller";
 /// Name of the webhook that is asked about break-glass use, in its configuration.

@@ -17,7 +17,6 @@ use axum_server::tls_rustls::RustlsConfig;
 use futures::future::BoxFuture;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
-use kube::Client;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::UnboundedReceiverStream;
@@ -27,7 +26,7 @@ use tokio_util::task::TaskTracker;
 use crate::cli::Settings;
 use crate::forge::http_client;
 use crate::isolation::{Controls, Names, no_forge_at};
-use crate::kube_io::KubeIo;
+use crate::kube_io::{KubeIo, connect};
 use crate::pool::{self, Context, Deaf, Pools};
 use crate::runner::tls::{self, GateTls};
 use crate::runner::{handoff, sessions};
@@ -36,8 +35,6 @@ pub(crate) use broker::run_broker;
 
 /// How long open requests and passes may take to end.
 const GRACE: Duration = Duration::from_secs(8);
-/// Longest silence on a connection to the API server.
-const SILENCE: Duration = Duration::from_secs(100);
 /// How long a caller of any server may take to send its request's headers.
 const HEADERS: Duration = Duration::from_secs(10);
 
@@ -127,15 +124,6 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
 
 fn install_tls_provider() -> Result<()> {
     rustls::crypto::aws_lc_rs::default_provider().install_default().map_err(|_| anyhow!("another TLS provider is already installed"))
-}
-
-/// A client of the cluster.
-async fn connect() -> Result<Client> {
-    let mut config = kube::Config::infer().await.context("no cluster: neither a kubeconfig nor a pod's service account was found")?;
-    config.headers.push((axum::http::header::USER_AGENT, axum::http::HeaderValue::from_static(crate::kube_io::MANAGER)));
-    // A watch hears a bookmark every minute, if nothing else: one that does not is the end of a connection whose other end is gone.
-    config.read_timeout = Some(SILENCE);
-    Client::try_from(config).context("the cluster's configuration cannot be used")
 }
 
 /// Waits for a signal, or for a part that ends by itself, which none should.
