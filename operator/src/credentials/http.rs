@@ -3,14 +3,11 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use reqwest::Url;
-
-use crate::forge::{Refuse, Resolver};
+use crate::forge::{Refuse, body, causes, http_client, refused};
 use crate::isolation::no_forge_at;
 
 /// How long a call may take in all.
 const CALL: Duration = Duration::from_secs(10);
-const CONNECT: Duration = Duration::from_secs(4);
 
 /// A call that came to nothing. The text holds no token and no body.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -41,62 +38,30 @@ impl Http {
     /// Follows no redirect, asks no proxy, and speaks to no address that `refuse` refuses. `authorities` are further certificate
     /// authorities, PEM.
     pub(crate) fn new(authorities: Option<&[u8]>, refuse: Refuse) -> Result<Self, reqwest::Error> {
-        let mut builder = reqwest::Client::builder()
-            .user_agent(concat!("mayfly/", env!("CARGO_PKG_VERSION")))
-            .redirect(reqwest::redirect::Policy::none())
-            .no_proxy()
-            .dns_resolver(Resolver::shared(refuse))
-            .connect_timeout(CONNECT)
-            .timeout(CALL);
-        for authority in reqwest::Certificate::from_pem_bundle(authorities.unwrap_or_default())? {
-            builder = builder.add_root_certificate(authority);
-        }
-        Ok(Self { client: builder.build()?, refuse })
+        Ok(Self { client: http_client(authorities, None, refuse)?, refuse })
     }
 
     /// Sends a request; the answer's body has at most `most` bytes.
     pub(crate) async fn send(&self, request: http::Request<Vec<u8>>, most: usize) -> Result<http::Response<Vec<u8>>, CallError> {
-        let request = reqwest::Request::try_from(request).map_err(|_| CallError::new("the address cannot be used"))?;
-        self.allowed(request.url())?;
-        let mut answer = self.client.execute(request).await.map_err(failed)?;
-        let mut body = Vec::new();
-        while let Some(chunk) = answer.chunk().await.map_err(failed)? {
-            if body.len() + chunk.len() > most {
-                return Err(CallError::new(format!("the answer has more than {most} bytes")));
-            }
-            body.extend_from_slice(&chunk);
+        let mut request = reqwest::Request::try_from(request).map_err(|_| CallError::new("the address cannot be used"))?;
+        *request.timeout_mut() = Some(CALL);
+        if let Some(why) = refused(request.url().host_str().unwrap_or_default(), self.refuse) {
+            return Err(CallError::Refused(why));
         }
+        let failed = |error| CallError::Failed(causes(error));
+        let mut answer = self.client.execute(request).await.map_err(failed)?;
+        let too_long = || CallError::new(format!("the answer has more than {most} bytes"));
+        let body = body(&mut answer, most).await.map_err(failed)?.ok_or_else(too_long)?;
         let mut response = http::Response::new(body);
         *response.status_mut() = answer.status();
         *response.headers_mut() = answer.headers().clone();
         Ok(response)
-    }
-
-    /// An address that stands in the URL itself is not resolved, so that the resolver does not see it.
-    fn allowed(&self, url: &Url) -> Result<(), CallError> {
-        let host = url.host_str().unwrap_or_default().trim_start_matches('[').trim_end_matches(']');
-        match host.parse::<IpAddr>().ok().and_then(|address| (self.refuse)(&address)) {
-            Some(why) => Err(CallError::Refused(why)),
-            None => Ok(()),
-        }
     }
 }
 
 /// Why there can be no issuer and no cloud at this address.
 pub(crate) fn no_server_at(address: &IpAddr) -> Option<String> {
     no_forge_at(address).map(|_| format!("the host leads to {address}, where neither an issuer nor a cloud may be"))
-}
-
-/// The whole chain of causes, without the address, which may hold what a caller wrote.
-fn failed(error: reqwest::Error) -> CallError {
-    let error = error.without_url();
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(&error);
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    CallError::Failed(text)
 }
 
 #[cfg(test)]

@@ -31,6 +31,12 @@ impl Resolve for Resolver {
     }
 }
 
+/// Why nobody speaks to this host, where it is an address: one that stands in a URL is not resolved, so that the resolver does not see it.
+pub(crate) fn refused(host: &str, refuse: Refuse) -> Option<String> {
+    let address = host.trim_start_matches('[').trim_end_matches(']').parse().ok()?;
+    refuse(&address)
+}
+
 #[cfg(test)]
 mod tests {
     use std::str::FromStr;

@@ -14,8 +14,8 @@ use std::fmt;
 use async_trait::async_trait;
 use serde::Serialize;
 
-pub(crate) use address::{Refuse, Resolver};
-pub(crate) use client::http_client;
+pub(crate) use address::{Refuse, refused};
+pub(crate) use client::{body, causes, http_client};
 pub(crate) use secret::Secret;
 
 /// A CI forge, narrowed to one scope (an organization, a repository, a whole server) and one credential.

@@ -12,6 +12,7 @@ use reqwest::{Method, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::client::body;
 use super::{Forge, ForgeError, Job, JobKey, JobState, Reach, RegisteredRunner, Registration, Removal, Repository, Run, RunnerKey, Secret};
 
 /// Entries asked for per page: Gitea's own default limit (`[api] MAX_RESPONSE_ITEMS`); a server may be set to give fewer.
@@ -69,25 +70,20 @@ impl Gitea {
         method: Method,
         path: &str,
         what: &str,
-        body: Option<&B>,
+        content: Option<&B>,
         token: Option<&Secret>,
     ) -> Result<Vec<u8>, ForgeError> {
         let mut request = self.http.request(method, format!("{}{path}", self.base));
         if let Some(token) = token {
             request = request.header("Authorization", format!("token {}", token.reveal()));
         }
-        if let Some(body) = body {
-            request = request.json(body);
+        if let Some(content) = content {
+            request = request.json(content);
         }
-        let mut answer = request.send().await.map_err(unreachable)?;
+        let mut answer = request.send().await?;
         let status = answer.status();
-        let mut bytes = Vec::new();
-        while let Some(chunk) = answer.chunk().await.map_err(unreachable)? {
-            if bytes.len() + chunk.len() > MAX_ANSWER {
-                return Err(ForgeError::Unexpected(format!("more than {MAX_ANSWER} bytes for {what}")));
-            }
-            bytes.extend_from_slice(&chunk);
-        }
+        let too_long = || ForgeError::Unexpected(format!("more than {MAX_ANSWER} bytes for {what}"));
+        let bytes = body(&mut answer, MAX_ANSWER).await?.ok_or_else(too_long)?;
         match status {
             s if s.is_success() => Ok(bytes),
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Err(ForgeError::Unauthorized { what: what.to_owned() }),
@@ -252,7 +248,7 @@ impl Forge for Gitea {
         // The API does not say which task a job is; the server says whose it is: it takes a runner's word for its own task only.
         for task in tasks.iter().filter(|task| task.may_be(job)) {
             let request = self.http.post(&url).header("x-runner-uuid", uuid).header("x-runner-token", token);
-            let answer = request.json(&wire::LostTask::new(task.id)).send().await.map_err(unreachable)?;
+            let answer = request.json(&wire::LostTask::new(task.id)).send().await?;
             if answer.status().is_success() {
                 return Ok(Removal::Done);
             }
@@ -280,15 +276,4 @@ fn decode<T: DeserializeOwned>(body: &[u8], what: &str) -> Result<T, ForgeError>
     serde_json::from_slice(body).map_err(|error| {
         ForgeError::Unexpected(format!("{what}: not the expected JSON (line {}, column {})", error.line(), error.column()))
     })
-}
-
-fn unreachable(error: reqwest::Error) -> ForgeError {
-    let error = error.without_url();
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(&error);
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    ForgeError::Unreachable(text)
 }

@@ -12,7 +12,7 @@ use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use reqwest::{Client, Method};
 use serde::{Deserialize, Serialize};
 
-use super::super::address::Refuse;
+use super::super::address::{Refuse, refused};
 use super::super::{ForgeError, Secret};
 use super::config_url::ConfigUrl;
 use super::http::{CallError, Caller};
@@ -31,6 +31,16 @@ pub(crate) enum Credential {
     },
     /// A personal access token: of a person, and often good for more than the pool needs.
     Token(Secret),
+}
+
+impl Credential {
+    /// What is secret of it.
+    pub(crate) fn secret(&self) -> &Secret {
+        match self {
+            Self::App { key, .. } => key,
+            Self::Token(token) => token,
+        }
+    }
 }
 
 /// Where the Actions service answers, and the token for it.
@@ -96,8 +106,7 @@ impl Auth {
         if url.scheme() != "https" && !plain {
             return Err(bad("GitHub names an address that is not https"));
         }
-        let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
-        match host.parse().ok().and_then(|address| (self.refuse)(&address)) {
+        match refused(url.host_str().unwrap_or_default(), self.refuse) {
             Some(why) => Err(bad(&why)),
             None => Ok(url),
         }

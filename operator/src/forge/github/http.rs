@@ -9,6 +9,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::super::ForgeError;
+use super::super::client::body;
 
 /// Longest answer read, in bytes.
 const MAX_ANSWER: usize = 8 << 20;
@@ -53,9 +54,9 @@ impl From<ForgeError> for CallError {
 
 impl From<CallError> for ForgeError {
     fn from(error: CallError) -> Self {
-        let CallError::Refused { what, status, exception } = error else {
-            let CallError::Failed(error) = error else { return ForgeError::Unexpected(String::new()) };
-            return error;
+        let (what, status, exception) = match error {
+            CallError::Refused { what, status, exception } => (what, status, exception),
+            CallError::Failed(error) => return error,
         };
         let named = if exception.is_empty() { String::new() } else { format!(" ({exception})") };
         match status {
@@ -105,15 +106,10 @@ impl Caller {
             let text = format!("GitHub asked to be left alone for another {} s", left.as_secs().max(1));
             return Err(ForgeError::Unreachable(text).into());
         }
-        let mut answer = request.send().await.map_err(unreachable)?;
+        let mut answer = request.send().await.map_err(ForgeError::from)?;
         let (status, headers) = (answer.status(), answer.headers().clone());
-        let mut body = Vec::new();
-        while let Some(chunk) = answer.chunk().await.map_err(unreachable)? {
-            if body.len() + chunk.len() > MAX_ANSWER {
-                return Err(ForgeError::Unexpected(format!("more than {MAX_ANSWER} bytes for {what}")).into());
-            }
-            body.extend_from_slice(&chunk);
-        }
+        let too_long = || ForgeError::Unexpected(format!("more than {MAX_ANSWER} bytes for {what}"));
+        let body = body(&mut answer, MAX_ANSWER).await.map_err(ForgeError::from)?.ok_or_else(too_long)?;
         if let Some(pause) = asks_for_pause(status, &headers) {
             *self.paused.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now() + pause);
             return Err(ForgeError::Unreachable(format!("GitHub limits its rate: no calls for {} s", pause.as_secs())).into());
@@ -167,17 +163,6 @@ fn exception(headers: &HeaderMap, body: &[u8]) -> String {
     // The last part of `Namespace.Name, Assembly`.
     let name = found.split(',').next().unwrap_or_default().rsplit('.').next().unwrap_or_default();
     name.chars().filter(char::is_ascii_alphanumeric).take(80).collect()
-}
-
-pub(super) fn unreachable(error: reqwest::Error) -> CallError {
-    let error = error.without_url();
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(&error);
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    ForgeError::Unreachable(text).into()
 }
 
 #[cfg(test)]

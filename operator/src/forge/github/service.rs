@@ -21,6 +21,10 @@ const SETS: &str = "_apis/runtime/runnerscalesets";
 const AGENTS: &str = "_apis/distributedtask/pools/0/agents";
 /// Work folder of runners, relative to their home.
 const WORK_FOLDER: &str = "_work";
+/// Entries of a page: GitHub gives no more.
+const PAGE: usize = 100;
+/// Most pages read of a list: GitHub has a thousand runner groups at most, and a thousand jobs in a run.
+const PAGES: usize = 20;
 
 /// GitHub, as one pool's credential sees it.
 #[derive(Debug)]
@@ -146,18 +150,8 @@ impl Service {
 
     /// What runner groups may be used for; of an organization or enterprise.
     pub(super) async fn group_rules(&self) -> Result<Vec<wire::GroupRules>, CallError> {
-        let mut all = Vec::new();
-        // GitHub gives a hundred at most in a page, and has a thousand groups at most.
-        for page in 1..=20 {
-            let path = format!("{}/runner-groups?per_page=100&page={page}", self.url.runners_path());
-            let list: wire::GroupList = self.rest(&path, "the runner groups").await?;
-            let last = list.runner_groups.len() < 100;
-            all.extend(list.runner_groups);
-            if last {
-                break;
-            }
-        }
-        Ok(all)
+        let path = format!("{}/runner-groups?", self.url.runners_path());
+        self.pages(&path, "the runner groups", |list: wire::GroupList| list.runner_groups).await
     }
 
     /// Whether everybody may see the repository of the pool; `None` where it has more than one.
@@ -173,13 +167,17 @@ impl Service {
 
     /// Jobs of the last attempt at a run.
     pub(super) async fn run_jobs(&self, repository: &Repository, run: u64) -> Result<Vec<wire::RunJob>, CallError> {
+        let path = format!("/repos/{repository}/actions/runs/{run}/jobs?filter=latest&");
+        self.pages(&path, "the jobs of the workflow run", |list: wire::RunJobs| list.jobs).await
+    }
+
+    /// Reads a list page by page. `path` ends where its query goes on.
+    async fn pages<L: DeserializeOwned, T>(&self, path: &str, what: &str, entries: impl Fn(L) -> Vec<T>) -> Result<Vec<T>, CallError> {
         let mut all = Vec::new();
-        // A run has a thousand jobs at most.
-        for page in 1..=10 {
-            let path = format!("/repos/{repository}/actions/runs/{run}/jobs?filter=latest&per_page=100&page={page}");
-            let list: wire::RunJobs = self.rest(&path, "the jobs of the workflow run").await?;
-            let last = list.jobs.len() < 100;
-            all.extend(list.jobs);
+        for page in 1..=PAGES {
+            let read = entries(self.rest(&format!("{path}per_page={PAGE}&page={page}"), what).await?);
+            let last = read.len() < PAGE;
+            all.extend(read);
             if last {
                 break;
             }
