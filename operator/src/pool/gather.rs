@@ -21,7 +21,7 @@ use super::validate::{GitHubCredential, Pool, Source};
 use crate::forge::gitea::Gitea;
 use crate::forge::github::{self, GitHub};
 use crate::forge::{
-    Forge, ForgeError, Job, JobId, JobKey, JobState, Reach, RegisteredRunner, Repository, Run, RunnerKey, ScaleSet, Secret,
+    Forge, ForgeError, Job, JobId, JobKey, JobState, Reach, RegisteredRunner, Repository, Run, RunnerKey, ScaleSet, Secret, refused,
 };
 use crate::isolation::no_forge_at;
 use crate::runner::{Phase, phase};
@@ -116,8 +116,7 @@ pub(super) fn link(
     earlier: Option<&ScaleSetStatus>,
 ) -> Result<Arc<dyn Forge>, GatherError> {
     // A name is checked when it is resolved, at every connection.
-    let literal = pool.hosts.iter().filter_map(|host| host.parse().ok()).find_map(|address| no_forge_at(&address));
-    if let Some(why) = literal {
+    if let Some(why) = pool.hosts.iter().find_map(|host| refused(host, no_forge_at)) {
         return Err(GatherError::Forge(ForgeError::Unreachable(why)));
     }
     let credential = match &pool.source {
@@ -132,33 +131,27 @@ pub(super) fn link(
         },
     };
     let webhook_secret = match &pool.webhook_secret {
-        Some(reference) => Some(secret(ctx, pool, reference, "forge.webhookSecretRef")?),
+        Some(reference) => Some(secret(ctx, pool, reference, pool.source.webhook_secret_field())?),
         None => None,
     };
     let mut state = handle.state();
     state.webhook_secret = webhook_secret;
     // One that was made before goes on with a secret that was rotated.
     if let Some(link) = state.link.as_mut().filter(|link| link.source == pool.source && link.url == pool.url) {
-        if link.credential != credential {
-            link.credential = credential.clone();
-            link.forge = match (&link.scale_set, &pool.source, credential) {
-                (Some(forge), _, credential) => {
-                    forge.renew(credential);
-                    link.forge.clone()
-                }
-                (None, Source::Gitea { scope, .. }, github::Credential::Token(token)) => {
-                    Arc::new(Gitea::new(ctx.http.clone(), &pool.url, scope.clone(), token))
-                }
-                (None, ..) => link.forge.clone(),
-            };
+        if link.credential == credential {
+            return Ok(link.forge.clone());
         }
-        return Ok(link.forge.clone());
+        if let Some(scale_set) = &link.scale_set {
+            scale_set.renew(credential.clone());
+            link.credential = credential;
+            return Ok(link.forge.clone());
+        }
     }
-    let (forge, scale_set): (Arc<dyn Forge>, _) = match (&pool.source, credential.clone()) {
-        (Source::Gitea { scope, .. }, github::Credential::Token(token)) => {
-            (Arc::new(Gitea::new(ctx.http.clone(), &pool.url, scope.clone(), token)), None)
+    let (forge, scale_set): (Arc<dyn Forge>, _) = match &pool.source {
+        Source::Gitea { scope, .. } => {
+            (Arc::new(Gitea::new(ctx.http.clone(), &pool.url, scope.clone(), credential.secret().clone())), None)
         }
-        (Source::GitHub { config, .. }, credential) => {
+        Source::GitHub { config, .. } => {
             let earlier = earlier.map(|set| ScaleSet { id: set.id, name: set.name.clone(), session: set.session_id.clone() });
             let (registry, key) = (Arc::downgrade(&ctx.registry), pool.key.clone());
             let wake = move || {
@@ -167,13 +160,11 @@ pub(super) fn link(
                 }
             };
             let room = pool.spec.scale.max;
-            let (forge, listening) = GitHub::new(ctx.http.clone(), (**config).clone(), credential, no_forge_at, earlier, room, wake);
+            let (forge, listening) =
+                GitHub::new(ctx.http.clone(), (**config).clone(), credential.clone(), no_forge_at, earlier, room, wake);
             ctx.tasks.spawn(listening);
             let forge = Arc::new(forge);
             (forge.clone(), Some(forge))
-        }
-        (Source::Gitea { .. }, github::Credential::App { .. }) => {
-            return Err(GatherError::Secret("forge.gitea has no App".to_owned()));
         }
     };
     state.link = Some(Link { forge: forge.clone(), scale_set, url: pool.url.clone(), source: pool.source.clone(), credential });
@@ -480,13 +471,16 @@ async fn refusals(
     handle: &PoolHandle,
     forge: &Arc<dyn Forge>,
 ) -> Result<BTreeMap<JobKey, Refusal>, ForgeError> {
-    let accepted: Vec<JobKey> = own_pods(ctx, pool).iter().filter_map(|pod| marked(pod)).map(|job| job.key).collect();
     let running: Vec<(JobKey, Option<Job>)> = {
         let state = handle.state();
         let jobs = state.registered.values().filter(|runner| !runner.done).filter_map(|runner| runner.job.as_ref());
         jobs.map(|(key, _)| (key.clone(), state.running.get(key).cloned())).collect()
     };
     let mut refusals = BTreeMap::new();
+    if running.is_empty() {
+        return Ok(refusals);
+    }
+    let accepted: Vec<JobKey> = own_pods(ctx, pool).iter().filter_map(|pod| marked(pod)).map(|job| job.key).collect();
     for (key, job) in running {
         let known = job.as_ref().is_some_and(|job| !job.labels.is_empty());
         if !known && accepted.contains(&key) {

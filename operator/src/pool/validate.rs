@@ -45,6 +45,16 @@ pub(crate) enum Source {
     GitHub { config: Box<github::Config>, credential: GitHubCredential },
 }
 
+impl Source {
+    /// The field that names the webhooks' secret.
+    pub(crate) fn webhook_secret_field(&self) -> &'static str {
+        match self {
+            Self::Gitea { .. } => "forge.gitea.webhookSecretRef",
+            Self::GitHub { .. } => "forge.github.webhookSecretRef",
+        }
+    }
+}
+
 /// With what GitHub knows a pool.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum GitHubCredential {
