@@ -215,11 +215,10 @@ impl Stand {
 
 /// Applies the pool; the one that an earlier demo left for another forge goes first.
 async fn apply(world: &World, manifest: &serde_json::Value) -> Result<RunnerPool> {
-    let kind = |forge: &mayfly_crds::Forge| forge.github.is_some();
-    let wanted = manifest["spec"]["forge"].get("github").is_some();
+    let at_github = manifest["spec"]["forge"].get("github").is_some();
     let earlier = pool::pools(world, NAMESPACE).get_opt(POOL).await?;
-    // An App that was made anew is another pool: the address of its organization is the same, and its scale set is there.
-    if earlier.is_some_and(|earlier| kind(&earlier.spec.forge) != wanted) {
+    // A pool stays with its kind of forge.
+    if earlier.is_some_and(|earlier| earlier.spec.forge.github.is_some() != at_github) {
         pool::delete(world, NAMESPACE, POOL).await?;
     }
     pool::apply(world, manifest).await
