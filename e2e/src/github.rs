@@ -3,19 +3,23 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use k8s_openapi::ByteString;
-use k8s_openapi::api::core::v1::Secret;
+use k8s_openapi::api::core::v1::{Namespace, Pod, Secret};
+use k8s_openapi::api::events::v1::Event as KubeEvent;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kube::api::{Patch, PatchParams};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
 use kube::{Api, ResourceExt};
 use mayfly_cluster::World as Place;
-use mayfly_crds::RunnerPool;
+use mayfly_cluster::command::random_hex;
 use mayfly_crds::names::{ANNOTATION_FORGE, ANNOTATION_POOL_NAMESPACES, RunnerName};
+use mayfly_crds::{RunnerPool, RunnerPoolStatus};
 use mayfly_github_simulator::client::Simulator;
 use mayfly_github_simulator::control::{NewApp, NewGroup, NewOrganization, NewRepository};
+use mayfly_github_simulator::model::Event;
 use serde_json::{Value, json};
 
+use crate::stage::{PATIENCE, POOL};
 use crate::wait::eventually;
 use crate::world::{SYSTEM, built};
 use crate::{World, pool};
@@ -32,6 +36,8 @@ const GROUP: &str = "runners";
 pub struct Organization {
     /// Its name.
     pub name: String,
+    /// Number of its repository.
+    pub repository_id: i64,
     /// The simulator, by its control API.
     pub simulator: Simulator,
     /// Base address for pods and operator.
@@ -73,13 +79,13 @@ impl Organization {
         let simulator = start(world).await?;
         simulator.organization(&NewOrganization { login: name.to_owned(), enterprise: None }).await?;
         let repository = NewRepository { owner: name.to_owned(), name: repository.to_owned(), ..NewRepository::default() };
-        simulator.repository(&repository).await?;
+        let repository_id = simulator.repository(&repository).await?;
         let group = NewGroup { place: name.to_owned(), name: GROUP.to_owned(), ..NewGroup::default() };
         simulator.runner_group(&group).await?;
         let (app, installation) = simulator.app(name).await?;
         let about = simulator.call("GET", "", Vec::new()).await?;
         let url = about["url"].as_str().context("the simulator tells its address")?.to_owned();
-        Ok(Self { name: name.to_owned(), simulator, url, app, installation })
+        Ok(Self { name: name.to_owned(), repository_id, simulator, url, app, installation })
     }
 
     /// The address of the pool: the organization's.
@@ -138,9 +144,138 @@ impl Organization {
         let (namespace, name) = (of.namespace().unwrap_or_default(), of.name_any());
         eventually(format!("nothing left of {namespace}/{name}"), Duration::from_secs(60), || async {
             let (pods, runners) = (pool::pods(world, &namespace, &name).await?, self.registrations(of).await?);
-            anyhow::ensure!(pods.is_empty() && runners.is_empty(), "{} pod(s), registrations {runners:?}", pods.len());
+            ensure!(pods.is_empty() && runners.is_empty(), "{} pod(s), registrations {runners:?}", pods.len());
             Ok(Some(()))
         })
         .await
     }
 }
+
+/// A stage for one test: an organization at the simulated GitHub, with a namespace and a pool of its own.
+pub struct Stage {
+    /// The cluster.
+    pub world: World,
+    /// The organization.
+    pub organization: Organization,
+    /// The namespace, named as the organization.
+    pub namespace: String,
+}
+
+impl Stage {
+    /// Sets the stage: no pool yet.
+    ///
+    /// # Errors
+    /// With what went wrong.
+    pub async fn set(name: &str) -> Result<Self> {
+        let world = World::connect().await?;
+        let name = format!("t-{name}-{}", random_hex(3)?);
+        let organization = Organization::create(&world, &name, "web").await?;
+        pool::namespace(&world, &name).await?;
+        organization.secret(&world, &name).await?;
+        Ok(Self { world, organization, namespace: name })
+    }
+
+    /// Applies the stage's pool, changed by `change`, and waits until it is ready and has no pods.
+    ///
+    /// # Errors
+    /// When it does not get ready.
+    pub async fn pool(&self, change: impl FnOnce(&mut Value)) -> Result<RunnerPool> {
+        let applied = pool::apply(&self.world, &self.organization.manifest(&self.namespace, POOL, change)).await?;
+        pool::condition(&self.world, &self.namespace, POOL, "Ready", "True").await?;
+        eventually("the pool's first proof", PATIENCE, || async {
+            Ok((!self.status().await?.isolation.is_empty() && self.pods().await?.is_empty()).then_some(()))
+        })
+        .await?;
+        Ok(applied)
+    }
+
+    /// Pushes a workflow of one job that runs `script`; returns its run.
+    ///
+    /// # Errors
+    /// With the simulator's answer.
+    pub async fn push(&self, file: &str, script: &str) -> Result<i64> {
+        self.push_job(file, json!({"steps": [{"run": script}]})).await
+    }
+
+    /// Pushes a workflow with this job, which runs on the pool; returns its run.
+    ///
+    /// # Errors
+    /// With the simulator's answer.
+    pub async fn push_job(&self, file: &str, mut job: Value) -> Result<i64> {
+        job["runs-on"] = json!("linux");
+        let repository = format!("{}/web", self.organization.name);
+        let workflow = json!({"on": "push", "jobs": {"job": job}});
+        self.organization.simulator.workflow(&repository, file, &workflow.to_string()).await?;
+        let event = Event { workflow: Some(file.to_owned()), ..Event::default() };
+        self.organization.simulator.dispatch(&repository, &event).await?.pop().context("a run")
+    }
+
+    /// Waits until the run's one job is over; returns its log.
+    ///
+    /// # Errors
+    /// With its log, when it fails.
+    pub async fn succeeds(&self, run: i64) -> Result<String> {
+        let job = self.organization.simulator.finished(run, PATIENCE).await?.pop().context("a job")?;
+        ensure!(job.conclusion.as_deref() == Some("success"), "{:?}; its log:\n{}", job.conclusion, job.log);
+        Ok(job.log)
+    }
+
+    /// Waits until every job of the run has a runner.
+    ///
+    /// # Errors
+    /// When it takes too long.
+    pub async fn runs(&self, run: i64) -> Result<()> {
+        eventually(format!("run {run} has a runner; {:?}", self.status().await?.conditions), PATIENCE, || async {
+            Ok(self.organization.simulator.jobs(run).await?.iter().all(|job| job.state == "running").then_some(()))
+        })
+        .await
+    }
+
+    /// Pods of the pool.
+    ///
+    /// # Errors
+    /// With the API server's answer.
+    pub async fn pods(&self) -> Result<Vec<Pod>> {
+        pool::pods(&self.world, &self.namespace, POOL).await
+    }
+
+    /// The pool's status.
+    ///
+    /// # Errors
+    /// With the API server's answer.
+    pub async fn status(&self) -> Result<RunnerPoolStatus> {
+        let found = pool::pools(&self.world, &self.namespace).get_opt(POOL).await?;
+        Ok(found.and_then(|pool| pool.status).unwrap_or_default())
+    }
+
+    /// Notes of the events with this reason.
+    ///
+    /// # Errors
+    /// With the API server's answer.
+    pub async fn events(&self, reason: &str) -> Result<Vec<String>> {
+        let events: Api<KubeEvent> = Api::namespaced(self.world.client.clone(), &self.namespace);
+        let found = events.list(&ListParams::default()).await?.items.into_iter();
+        Ok(found.filter(|event| event.reason.as_deref() == Some(reason)).filter_map(|event| event.note).collect())
+    }
+
+    /// The scale set of the pool, as the simulator tells it.
+    ///
+    /// # Errors
+    /// With the simulator's answer.
+    pub async fn scale_set(&self) -> Result<Option<Value>> {
+        let place = self.organization.name.clone();
+        let sets = self.organization.simulator.scale_sets().await?;
+        Ok(sets.into_iter().find(|set| set["place"].as_str().is_some_and(|at| at.ends_with(&place))))
+    }
+
+    /// Takes everything away.
+    ///
+    /// # Errors
+    /// With the API server's answer.
+    pub async fn strike(self) -> Result<()> {
+        pool::delete(&self.world, &self.namespace, POOL).await?;
+        Api::<Namespace>::all(self.world.client.clone()).delete(&self.namespace, &DeleteParams::background()).await?;
+        Ok(())
+    }
+}
+

@@ -4,97 +4,17 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use k8s_openapi::api::core::v1::{Namespace, Pod};
-use k8s_openapi::api::events::v1::Event as KubeEvent;
-use kube::api::{DeleteParams, ListParams};
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::ListParams;
 use kube::{Api, ResourceExt};
-use mayfly_cluster::command::random_hex;
 use mayfly_crds::names::ANNOTATION_JOB;
-use mayfly_crds::{RunnerPool, RunnerPoolStatus};
-use mayfly_e2e::github::Organization;
+use mayfly_e2e::github::Stage;
 use mayfly_e2e::stage::{PATIENCE, POOL, alone, turn};
 use mayfly_e2e::wait::eventually;
 use mayfly_e2e::world::SYSTEM;
 use mayfly_e2e::{World, pool};
-use mayfly_github_simulator::model::{Event, Fault};
+use mayfly_github_simulator::model::Fault;
 use serde_json::{Value, json};
-
-/// An organization at the simulated GitHub with a pool of its own.
-struct Stage {
-    world: World,
-    organization: Organization,
-    namespace: String,
-}
-
-impl Stage {
-    async fn set(name: &str) -> Result<Self> {
-        let world = World::connect().await?;
-        let name = format!("t-{name}-{}", random_hex(3)?);
-        let organization = Organization::create(&world, &name, "web").await?;
-        pool::namespace(&world, &name).await?;
-        organization.secret(&world, &name).await?;
-        Ok(Self { world, organization, namespace: name })
-    }
-
-    async fn pool(&self, change: impl FnOnce(&mut Value)) -> Result<RunnerPool> {
-        let applied = pool::apply(&self.world, &self.organization.manifest(&self.namespace, POOL, change)).await?;
-        pool::condition(&self.world, &self.namespace, POOL, "Ready", "True").await?;
-        eventually("the pool's first proof", PATIENCE, || async {
-            Ok((!self.status().await?.isolation.is_empty() && self.pods().await?.is_empty()).then_some(()))
-        })
-        .await?;
-        Ok(applied)
-    }
-
-    /// Pushes a workflow of one job that runs `script`; returns its run.
-    async fn push(&self, file: &str, script: &str) -> Result<i64> {
-        let repository = format!("{}/web", self.organization.name);
-        let workflow = json!({"on": "push", "jobs": {"job": {"runs-on": "linux", "steps": [{"run": script}]}}});
-        self.organization.simulator.workflow(&repository, file, &workflow.to_string()).await?;
-        let event = Event { workflow: Some(file.to_owned()), ..Event::default() };
-        self.organization.simulator.dispatch(&repository, &event).await?.pop().context("a run")
-    }
-
-    async fn succeeds(&self, run: i64) -> Result<String> {
-        let job = self.organization.simulator.finished(run, PATIENCE).await?.pop().context("a job")?;
-        ensure!(job.conclusion.as_deref() == Some("success"), "{:?}; its log:\n{}", job.conclusion, job.log);
-        Ok(job.log)
-    }
-
-    async fn runs(&self, run: i64) -> Result<()> {
-        eventually(format!("run {run} has a runner; {:?}", self.status().await?.conditions), PATIENCE, || async {
-            Ok(self.organization.simulator.jobs(run).await?.iter().all(|job| job.state == "running").then_some(()))
-        })
-        .await
-    }
-
-    async fn pods(&self) -> Result<Vec<Pod>> {
-        pool::pods(&self.world, &self.namespace, POOL).await
-    }
-
-    async fn status(&self) -> Result<RunnerPoolStatus> {
-        let found = pool::pools(&self.world, &self.namespace).get_opt(POOL).await?;
-        Ok(found.and_then(|pool| pool.status).unwrap_or_default())
-    }
-
-    async fn events(&self, reason: &str) -> Result<Vec<String>> {
-        let events: Api<KubeEvent> = Api::namespaced(self.world.client.clone(), &self.namespace);
-        let found = events.list(&ListParams::default()).await?.items.into_iter();
-        Ok(found.filter(|event| event.reason.as_deref() == Some(reason)).filter_map(|event| event.note).collect())
-    }
-
-    async fn scale_set(&self) -> Result<Option<Value>> {
-        let place = self.organization.name.clone();
-        let sets = self.organization.simulator.scale_sets().await?;
-        Ok(sets.into_iter().find(|set| set["place"].as_str().is_some_and(|at| at.ends_with(&place))))
-    }
-
-    async fn strike(self) -> Result<()> {
-        pool::delete(&self.world, &self.namespace, POOL).await?;
-        Api::<Namespace>::all(self.world.client.clone()).delete(&self.namespace, &DeleteParams::background()).await?;
-        Ok(())
-    }
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_of_a_scale_set_runs_in_a_pod_of_its_own_and_leaves_nothing() -> Result<()> {
@@ -107,7 +27,7 @@ async fn a_job_of_a_scale_set_runs_in_a_pod_of_its_own_and_leaves_nothing() -> R
     let said: Vec<&str> = log.lines().filter_map(|line| line.split_once(' ')).map(|(_, text)| text).collect();
     ensure!(said.iter().any(|line| line.starts_with("uid=1001")) && said.contains(&"no blob") && said.contains(&"done"), "{log}");
     // What is there says whose pod it is.
-    ensure!(said.iter().filter(|line| line.starts_with("left: ")).eq([&"left: job"]), "{log}");
+    ensure!(said.iter().filter(|line| line.starts_with("left: ")).eq([&"left: identity", &"left: job"]), "{log}");
     ensure!(log.contains("Mayfly accepted "), "{log}");
     stage.organization.nothing_left(&stage.world, &pool).await?;
     let set = stage.scale_set().await?.context("the scale set")?;

@@ -8,12 +8,14 @@
 //!
 //! As `mayfly-gate sentinel` it is what proofs are held against: something that answers wherever no policy stands in the way.
 
+mod credentials;
 mod operator;
 mod pipe;
 mod prove;
 mod race;
 mod sentinel;
 
+use std::convert::Infallible;
 use std::fs;
 use std::io::Write;
 use std::net::{AddrParseError, SocketAddr};
@@ -24,8 +26,10 @@ use std::str::FromStr;
 use std::thread;
 
 use clap::{Args, Parser, Subcommand};
+use credentials::Counter;
 use operator::{Client, Registration};
 use race::Race;
+use rustix::fs::Mode;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -66,6 +70,8 @@ struct Settings {
     /// Addresses of sentinels, which the pod must not reach; tried from the gate's first instruction on.
     #[arg(long, env = "MAYFLY_SENTINELS", default_value = "", value_name = "ADDRESS:PORT,..")]
     sentinels: Addresses,
+    #[command(flatten)]
+    credentials: Option<credentials::Settings>,
 }
 
 /// None, one or several, with commas between them.
@@ -113,9 +119,9 @@ fn main() -> ExitCode {
 }
 
 /// The gate's whole life. It ends only when the operator wants nothing more of this pod.
-fn guard(settings: &Settings, race: Race) -> Result<std::convert::Infallible, String> {
+fn guard(settings: &Settings, race: Race) -> Result<Infallible, String> {
     let client = Client::new(&settings.operator_url, &settings.operator_ca, &settings.token_file)?;
-    pipe::make(&settings.registration)?;
+    pipe::make(&settings.registration, Mode::RUSR | Mode::WUSR | Mode::RGRP)?;
     // The runner's container is being started meanwhile. Opening the pipe waits until it reads: nothing is registered for a runner
     // that never starts.
     let pipe = thread::scope(|scope| {
@@ -136,12 +142,25 @@ fn guard(settings: &Settings, race: Race) -> Result<std::convert::Infallible, St
     drop(registration);
     say("registration handed over");
     thread::scope(|scope| {
-        scope.spawn(|| match client.job().and_then(|job| tell(&settings.registration.with_file_name(JOB), &job)) {
-            Ok(()) => say("the job is accepted"),
-            Err(why) => say(&why),
+        scope.spawn(|| {
+            let Err(why) = serve_job(settings, &client);
+            say(&why);
         });
         prove::go_on(&client)
     })
+}
+
+/// Tells the job that it may begin, and gives it credentials where it may have any.
+fn serve_job(settings: &Settings, client: &Client) -> Result<Infallible, String> {
+    let job = client.job()?;
+    let folder = settings.registration.parent().ok_or("the registration has no folder")?;
+    let counter = settings.credentials.as_ref().map(|_| Counter::open(folder)).transpose()?;
+    tell(&folder.join(JOB), &job)?;
+    say("the job is accepted");
+    match (counter, &settings.credentials) {
+        (Some(counter), Some(credentials)) => counter.serve(credentials),
+        _ => Err("there is no broker: the job gets no credentials".to_owned()),
+    }
 }
 
 /// Writes a file that the runner may read, whole from its first moment on.

@@ -1,20 +1,37 @@
-//! The named pipe through which the registration passes.
+//! Named pipes: what passes through them is in no file.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::Path;
 
-use rustix::fs::{CWD, Mode, mkfifoat};
+use rustix::fs::{CWD, Mode, chmod, mkfifoat};
 
-/// Makes the pipe: writable for the gate, readable for the pod's group, which is the runner's.
+/// Makes a pipe with these permissions; the group is the pod's, which is the runner's.
 ///
 /// # Errors
-/// When it exists: this container was started again, and the registration may have been handed over already.
-pub(crate) fn make(path: &Path) -> Result<(), String> {
-    mkfifoat(CWD, path, Mode::RUSR | Mode::WUSR | Mode::RGRP).map_err(|error| match error {
+/// When it exists: this container was started again, and what passes through may have passed already.
+pub(crate) fn make(path: &Path, mode: Mode) -> Result<(), String> {
+    mkfifoat(CWD, path, Mode::empty()).map_err(|error| match error {
         rustix::io::Errno::EXIST => format!("{} exists: this container was started before", path.display()),
         other => format!("{} cannot be made: {other}", path.display()),
-    })
+    })?;
+    // Whatever the process's mask takes away.
+    chmod(path, mode).map_err(|error| format!("{} cannot be made: {error}", path.display()))
+}
+
+/// Reads what somebody writes, at most `most` bytes, once somebody does, and removes the pipe's name: it is written once.
+///
+/// # Errors
+/// When the pipe vanished, or more was written.
+pub(crate) fn read(path: &Path, most: u64) -> Result<Vec<u8>, String> {
+    let mut text = Vec::new();
+    let pipe = File::open(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    fs::remove_file(path).map_err(|error| format!("{} cannot be removed: {error}", path.display()))?;
+    pipe.take(most + 1).read_to_end(&mut text).map_err(|error| format!("{}: {error}", path.display()))?;
+    match text.len() as u64 > most {
+        true => Err(format!("{}: more than {most} bytes", path.display())),
+        false => Ok(text),
+    }
 }
 
 /// Opens the pipe for writing; returns when somebody has opened it for reading.
@@ -25,29 +42,55 @@ pub(crate) fn open(path: &Path) -> Result<File, String> {
     OpenOptions::new().write(true).open(path).map_err(|error| format!("{}: {error}", path.display()))
 }
 
-/// Writes the registration and removes the pipe's name: it is read once.
+/// Writes and removes the pipe's name: it is read once.
 ///
 /// # Errors
 /// When the reader has gone.
-pub(crate) fn write(mut pipe: File, path: &Path, registration: &[u8]) -> Result<(), String> {
+pub(crate) fn write(mut pipe: File, path: &Path, text: &[u8]) -> Result<(), String> {
     fs::remove_file(path).map_err(|error| format!("{} cannot be removed: {error}", path.display()))?;
-    pipe.write_all(registration).map_err(|error| format!("the runner stopped reading: {error}"))
+    pipe.write_all(text).map_err(|error| format!("the runner stopped reading: {error}"))
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io::Read;
+    use std::os::unix::fs::PermissionsExt;
+    use std::path::PathBuf;
     use std::thread;
 
     use super::*;
 
+    fn folder(name: &str) -> PathBuf {
+        let folder = std::env::temp_dir().join(format!("mayfly-gate-pipe-{name}-{}", std::process::id()));
+        fs::create_dir_all(&folder).expect("a folder");
+        folder
+    }
+
+    #[test]
+    fn what_is_handed_over_is_read_once_and_not_without_end() {
+        let folder = folder("read");
+        for (text, whole) in [("four", true), ("fives", false)] {
+            let path = folder.join("identity");
+            make(&path, Mode::RUSR | Mode::WUSR | Mode::WGRP).expect("a pipe");
+            assert_eq!(fs::metadata(&path).expect("the pipe").permissions().mode() & 0o777, 0o620);
+            let writer = {
+                let path = path.clone();
+                thread::spawn(move || fs::write(path, text))
+            };
+            let found = read(&path, 4);
+            writer.join().expect("no panic").expect("written");
+            assert_eq!(found.ok(), whole.then(|| text.as_bytes().to_vec()));
+            assert!(!path.exists());
+        }
+        fs::remove_dir_all(folder).expect("removed");
+    }
+
     #[test]
     fn what_is_written_is_read_once_and_the_name_is_gone() {
-        let folder = std::env::temp_dir().join(format!("mayfly-gate-pipe-{}", std::process::id()));
-        fs::create_dir_all(&folder).expect("a folder");
+        let folder = folder("write");
         let path = folder.join("registration");
-        make(&path).expect("a pipe");
-        assert!(make(&path).expect_err("it exists").contains("started before"));
+        let mode = Mode::RUSR | Mode::WUSR | Mode::RGRP;
+        make(&path, mode).expect("a pipe");
+        assert!(make(&path, mode).expect_err("it exists").contains("started before"));
         let reader = {
             let path = path.clone();
             thread::spawn(move || {

@@ -82,12 +82,12 @@ impl Simulator {
         self.post("organizations", organization).await.map(drop)
     }
 
-    /// Makes or changes a repository.
+    /// Makes or changes a repository; returns its number.
     ///
     /// # Errors
     /// As of [`Simulator::call`].
-    pub async fn repository(&self, repository: &NewRepository) -> Result<()> {
-        self.post("repositories", repository).await.map(drop)
+    pub async fn repository(&self, repository: &NewRepository) -> Result<i64> {
+        self.post("repositories", repository).await?["id"].as_i64().context("a repository has a number")
     }
 
     /// Makes an App and installs it in an account: the App, and the number of the installation.

@@ -14,7 +14,7 @@ use kube::CustomResourceExt;
 use mayfly_crds::{CredentialBinding, RunnerPool};
 
 use crate::isolation::{ClusterFacts, Dialect, cluster_wide_denial, nameservers};
-use crate::runner::PodSettings;
+use crate::runner::{BrokerAccess, PodSettings};
 
 mod broker;
 
@@ -114,6 +114,12 @@ pub(crate) struct ControllerArgs {
     /// Secret that keeps the broker's certificate.
     #[arg(long, env = "MAYFLY_BROKER_SECRET", default_value = "mayfly-broker-tls")]
     broker_secret: String,
+    /// Port of the broker, of its Service as well as of its pods.
+    #[arg(long, env = "MAYFLY_BROKER_PORT", default_value_t = 8443)]
+    broker_port: u16,
+    /// Labels of the broker's pods, which runner pods may reach: key=value, comma-separated.
+    #[arg(long, env = "MAYFLY_BROKER_LABELS", default_value = "app.kubernetes.io/name=mayfly-broker", value_parser = labels)]
+    broker_labels: BTreeMap<String, String>,
     /// Labels of the operator's own pods, which runner pods may reach: key=value, comma-separated.
     #[arg(long, env = "MAYFLY_POD_LABELS", default_value = "app.kubernetes.io/name=mayfly", value_parser = labels)]
     pod_labels: BTreeMap<String, String>,
@@ -187,8 +193,10 @@ pub(crate) struct Settings {
 impl ControllerArgs {
     /// Checks what was given.
     pub(crate) fn settings(self) -> Result<Settings> {
-        if self.pod_labels.is_empty() || self.dns_labels.is_empty() {
-            bail!("--pod-labels and --dns-labels cannot be empty: an empty selector would open every pod of the namespace");
+        if self.pod_labels.is_empty() || self.dns_labels.is_empty() || self.broker_labels.is_empty() {
+            bail!(
+                "--pod-labels, --dns-labels and --broker-labels cannot be empty: an empty selector would open every pod of the namespace"
+            );
         }
         let forge_ca = match &self.forge_ca_file {
             Some(path) => Some(std::fs::read(path).with_context(|| format!("--forge-ca-file {}", path.display()))?),
@@ -201,7 +209,16 @@ impl ControllerArgs {
         }
         let host = format!("{}.{}.svc", self.gate_service, self.namespace);
         let admission_name = format!("{}.{}.svc", self.admission_service, self.namespace);
-        let broker = self.broker_service.map(|service| (format!("{service}.{}.svc", self.namespace), self.broker_secret));
+        let broker_host = self.broker_service.as_ref().map(|service| format!("{service}.{}.svc", self.namespace));
+        let pods_forge_ca = match (&broker_host, &forge_ca) {
+            (Some(_), Some(authorities)) => Some(small_text(authorities).context("--forge-ca-file, which runner pods are given")?),
+            _ => None,
+        };
+        let access = |host: &String| BrokerAccess {
+            url: format!("https://{host}:{}", self.broker_port),
+            ca: String::new(),
+            forge_ca: pods_forge_ca.clone(),
+        };
         let gate_port = self.gate_address.port();
         let sentinels = |suffix: &str| format!("{}{suffix}.{}.svc", self.sentinel_service, self.namespace);
         let (sentinel_service, sentinel_pods) = (sentinels(""), sentinels("-pods"));
@@ -214,11 +231,13 @@ impl ControllerArgs {
                 image_pull_policy: self.image_pull_policy,
                 gate_url: format!("https://{host}:{gate_port}"),
                 gate_ca: String::new(),
+                broker: broker_host.as_ref().map(access),
             },
             cluster: ClusterFacts {
                 operator_namespace: self.namespace,
                 operator_labels: self.pod_labels,
                 gate_port,
+                broker: self.broker_service.map(|_| (self.broker_labels, self.broker_port)),
                 dns_namespace: self.dns_namespace,
                 dns_labels: self.dns_labels,
                 dns_addresses,
@@ -233,7 +252,7 @@ impl ControllerArgs {
             admission_name,
             gate_secret: self.gate_secret,
             gate_names: vec![host],
-            broker,
+            broker: broker_host.map(|host| (host, self.broker_secret)),
             forge_ca,
             forge_proxy: self.forge_proxy,
             job_claims: self.job_claims,
@@ -243,6 +262,15 @@ impl ControllerArgs {
             outside_sentinels: self.outside_sentinels,
             api_server: self.api_server_host.map(|host| (host, self.api_server_port).into()),
         })
+    }
+}
+
+/// What pods are given in a variable of their environment: Linux takes 128 KiB for one.
+fn small_text(bytes: &[u8]) -> Result<String> {
+    let text = std::str::from_utf8(bytes).context("it is no text")?;
+    match text.len() <= 64 << 10 {
+        true => Ok(text.to_owned()),
+        false => bail!("it has more than 64 KiB: name the forges' own authorities only"),
     }
 }
 

@@ -9,7 +9,7 @@ use axum::body::Bytes;
 use axum::extract::{ConnectInfo, DefaultBodyLimit, State};
 use axum::http::{HeaderMap, header};
 use axum::response::Response;
-use axum::routing::post;
+use axum::routing::{get, post};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
@@ -21,12 +21,12 @@ use serde_json::{Value, json};
 use tokio::sync::OnceCell;
 use tower::limit::GlobalConcurrencyLimitLayer;
 
-use super::decide::{Check, Denial, Grant, PodFacts, Presenter, Public, Question, decide};
+use super::decide::{Check, Denial, Grant, PodFacts, Presenter, Public, Question, decide, offers};
 use super::issuers::{Issuers, VerifyError};
 use super::providers::{Credential, Order, ProviderError, Providers, session_name};
 use super::replay::{Replay, SpentKey};
 use super::token::Claims;
-use super::wire::{MAX_BODY, TokenRequest, denied, granted};
+use super::wire::{MAX_BODY, TokenRequest, denied, granted, offered};
 use crate::audit::{Action, Audit, Event, Request};
 use crate::runner::identity::{Identities, IdentityError, PodIdentity};
 use crate::runner::{Phase, phase};
@@ -104,6 +104,7 @@ impl Broker {
 pub(crate) fn router(broker: Arc<Broker>) -> Router {
     Router::new()
         .route("/v1/token", post(token))
+        .route("/v1/bindings", get(bindings))
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .layer(GlobalConcurrencyLimitLayer::new(REQUESTS))
         .with_state(broker)
@@ -135,6 +136,19 @@ async fn token(State(broker): State<Arc<Broker>>, ConnectInfo(peer): ConnectInfo
             broker.tell(&denial, &trail, &request).await;
             denied(denial.public, &request.id)
         }
+    }
+}
+
+/// Tells a pod what there is for its job. Nothing is given out, and nothing recorded.
+async fn bindings(State(broker): State<Arc<Broker>>, headers: HeaderMap) -> Response {
+    match tokio::time::timeout(REQUEST, broker.offers(&headers)).await {
+        Ok(Ok(found)) => offered(&found),
+        Ok(Err(denial)) => {
+            let id = crate::audit::uuid();
+            tracing::debug!(request = id, check = ?denial.check, reason = denial.reason, "no bindings told");
+            denied(denial.public, &id)
+        }
+        Err(_) => denied(Public::TemporarilyUnavailable, &crate::audit::uuid()),
     }
 }
 
@@ -194,6 +208,19 @@ impl Broker {
             return Err(Denial::new(Check::Audit, Public::TemporarilyUnavailable, "the audit record could not be written"));
         }
         Ok(credential)
+    }
+
+    async fn offers(&self, headers: &HeaderMap) -> Result<Vec<CredentialBinding>, Denial> {
+        let authorization = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+        let presenter = self.identities.identify(authorization).await.map_err(unknown_pod)?;
+        let pod = self.pod(&presenter);
+        let all = self.known.bindings.state();
+        let sound = all.iter().filter_map(|binding| binding.0.as_ref().ok());
+        let own = sound.filter(|binding| binding.metadata.namespace.as_ref() == Some(&presenter.namespace));
+        let who = Presenter { namespace: &presenter.namespace, name: &presenter.name, uid: &presenter.uid };
+        let mut found: Vec<CredentialBinding> = offers(who, pod.as_ref(), own)?.into_iter().cloned().collect();
+        found.sort_by_key(ResourceExt::name_any);
+        Ok(found)
     }
 
     /// One exchange for one token, however often its pod asks.

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use mayfly_crds::{Claim, CredentialBinding};
 use serde::Serialize;
 
-use super::matchers::mismatch;
+use super::matchers::{may_fit, mismatch};
 use super::replay::{Replay, Spent};
 use super::token::{Claims, LEEWAY};
 
@@ -147,7 +147,7 @@ pub(crate) struct Grant {
 
 /// Decides, and spends the token where the answer is yes.
 pub(crate) fn decide(question: &Question<'_>, replay: &mut Replay) -> Result<Grant, Denial> {
-    let (pod, pool) = living_pod(question)?;
+    let (pod, pool) = living_pod(question.presenter, question.pod)?;
     let job = job_claims(pod)?;
     same_job(question.token, &job)?;
     let binding = sound_binding(question.binding, pool)?;
@@ -172,10 +172,20 @@ pub(crate) fn decide(question: &Question<'_>, replay: &mut Replay) -> Result<Gra
     })
 }
 
-fn living_pod<'a>(question: &Question<'a>) -> Result<(&'a PodFacts, &'a str), Denial> {
+/// The bindings that the job of this pod may use, as far as can be said before its token is seen. Decides nothing.
+pub(crate) fn offers<'a>(
+    presenter: Presenter<'_>,
+    pod: Option<&PodFacts>,
+    bindings: impl Iterator<Item = &'a CredentialBinding>,
+) -> Result<Vec<&'a CredentialBinding>, Denial> {
+    let (pod, pool) = living_pod(presenter, pod)?;
+    let job = job_claims(pod)?;
+    Ok(bindings.filter(|binding| sound_binding(Some(binding), pool).is_ok() && may_fit(&binding.spec, &job)).collect())
+}
+
+fn living_pod<'a>(presenter: Presenter<'_>, pod: Option<&'a PodFacts>) -> Result<(&'a PodFacts, &'a str), Denial> {
     let refuse = |reason: &str| Denial::new(Check::Pod, Public::InvalidClient, reason);
-    let pod = question.pod.ok_or_else(|| refuse("no runner pod of this name is known"))?;
-    let presenter = question.presenter;
+    let pod = pod.ok_or_else(|| refuse("no runner pod of this name is known"))?;
     if pod.uid != presenter.uid || pod.uid.is_empty() {
         return Err(refuse("the pod's token is of an earlier pod of that name"));
     }

@@ -1,5 +1,7 @@
 //! Whether a token's claims are what a binding asks for.
 
+use std::collections::BTreeMap;
+
 use mayfly_crds::{Claim, CredentialBindingSpec, DEFAULT_EVENTS, Matcher, NEVER_EVENTS};
 
 use super::token::Claims;
@@ -14,6 +16,14 @@ pub(crate) fn mismatch(spec: &CredentialBindingSpec, claims: &Claims) -> Option<
     }
     let wrong = |(name, matcher): &(&String, &Matcher)| !claims.get(name).is_some_and(|value| fits(matcher, value));
     spec.subject.claims.iter().find(wrong).map(|(name, _)| name.clone())
+}
+
+/// Whether the binding may be for a job of which only these claims are known. What is not known may fit.
+pub(crate) fn may_fit(spec: &CredentialBindingSpec, known: &BTreeMap<String, String>) -> bool {
+    let event = known.get(Claim::EventName.as_str()).map(String::as_str);
+    let named = spec.subject.claims.contains_key(Claim::EventName.as_str());
+    let event_fits = event.is_none_or(|event| !NEVER_EVENTS.contains(&event) && (named || DEFAULT_EVENTS.contains(&event)));
+    event_fits && spec.subject.claims.iter().all(|(name, matcher)| known.get(name).is_none_or(|value| fits(matcher, value)))
 }
 
 /// Whether `value` is what the matcher says. One that says nothing fits nothing.

@@ -1,5 +1,9 @@
 //! The broker's wire format: token exchange (RFC 8693), with a closed set of errors.
 //!
+//! `GET /v1/bindings`, `Authorization: Bearer <the pod's projected token>`: the CredentialBindings that the pod's job may use, as far as
+//! the cluster knows the job: `{"bindings": [{"name", "audience", "provider"}]}`, where `audience` is that of the token to bring, and
+//! `provider` is `{"aws": {"region"}}` or `{"audienceToken": {}}`.
+//!
 //! `POST /v1/token`, `application/x-www-form-urlencoded`, each parameter once:
 //!
 //! | parameter | value |
@@ -22,8 +26,9 @@
 use axum::Json;
 use axum::http::{HeaderName, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use mayfly_crds::LIFETIME_MIN;
+use kube::ResourceExt;
 use mayfly_crds::names::BROKER_AUDIENCE;
+use mayfly_crds::{CredentialBinding, LIFETIME_MIN};
 use serde_json::json;
 
 use super::decide::{Check, Denial, Public};
@@ -111,6 +116,18 @@ pub(crate) fn granted(credential: &Credential, now: i64) -> Response {
         "expires_in": credential.expires.saturating_sub(now).max(0),
     });
     (StatusCode::OK, NO_STORE, Json(body)).into_response()
+}
+
+/// The answer with what there is.
+pub(crate) fn offered(bindings: &[CredentialBinding]) -> Response {
+    let offers = bindings.iter().map(|binding| {
+        let provider = match &binding.spec.provider.aws {
+            Some(aws) => json!({"aws": {"region": aws.region}}),
+            None => json!({"audienceToken": {}}),
+        };
+        json!({"name": binding.name_any(), "audience": binding.spec.token.audience, "provider": provider})
+    });
+    (StatusCode::OK, NO_STORE, Json(json!({"bindings": offers.collect::<Vec<_>>()}))).into_response()
 }
 
 /// The answer without one.

@@ -16,6 +16,8 @@ pub(crate) struct ClusterFacts {
     pub(crate) operator_labels: BTreeMap<String, String>,
     /// Port of the gate API on the operator's pods.
     pub(crate) gate_port: u16,
+    /// Labels of the broker's pods, and their port; `None` where there is no broker.
+    pub(crate) broker: Option<(BTreeMap<String, String>, u16)>,
     /// Namespace of the cluster's DNS.
     pub(crate) dns_namespace: String,
     /// Labels of the cluster's DNS pods.

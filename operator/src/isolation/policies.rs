@@ -43,6 +43,9 @@ pub(crate) fn network_policies(
         ("dns", vec![rule(dns(cluster), &[("UDP", 53), ("TCP", 53)])]),
         ("gate", vec![rule(vec![pods(&cluster.operator_namespace, &cluster.operator_labels)], &[("TCP", cluster.gate_port)])]),
     ];
+    if let Some((labels, port)) = &cluster.broker {
+        openings.push(("broker", vec![rule(vec![pods(&cluster.operator_namespace, labels)], &[("TCP", *port)])]));
+    }
     if let Some(why) = forge.addresses.iter().find_map(no_forge_at) {
         return Err(why);
     }
@@ -190,6 +193,7 @@ pub(super) mod tests {
             operator_namespace: "mayfly-system".to_owned(),
             operator_labels: labels("app.kubernetes.io/name", "mayfly"),
             gate_port: 8443,
+            broker: Some((labels("app.kubernetes.io/name", "mayfly-broker"), 8443)),
             dns_namespace: "kube-system".to_owned(),
             dns_labels: labels("k8s-app", "kube-dns"),
             dns_addresses: vec!["10.96.0.10".parse().expect("an address")],

@@ -7,5 +7,5 @@ pub(crate) mod sessions;
 mod state;
 pub(crate) mod tls;
 
-pub(crate) use pod::{Placement, PodRequest, PodSettings, runner_pod};
+pub(crate) use pod::{BrokerAccess, Placement, PodRequest, PodSettings, runner_pod};
 pub(crate) use state::{Phase, Reason, phase};

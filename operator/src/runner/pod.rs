@@ -14,7 +14,8 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 use mayfly_crds::RunnerPoolSpec;
 use mayfly_crds::names::{
-    GATE_AUDIENCE, GATE_CONTAINER, LABEL_MANAGED_BY, LABEL_POOL, MANAGED_BY, RUNNER_CONTAINER, RUNNER_SERVICE_ACCOUNT, RunnerName,
+    BROKER_AUDIENCE, GATE_AUDIENCE, GATE_CONTAINER, LABEL_MANAGED_BY, LABEL_POOL, MANAGED_BY, RUNNER_CONTAINER, RUNNER_SERVICE_ACCOUNT,
+    RunnerName,
 };
 use mayfly_proof::SENTINEL_PORT;
 
@@ -24,7 +25,7 @@ const RUNNER_ID: i64 = 1001;
 const GATE_ID: i64 = 65532;
 /// Where gate and runner meet: the gate writes, the runner reads.
 const HANDOFF_DIR: &str = "/run/mayfly";
-/// Where the gate's own token is; mounted in the gate alone.
+/// Where the gate's own tokens are; mounted in the gate alone.
 const TOKEN_DIR: &str = "/var/run/secrets/mayfly.dev/gate";
 /// Shortest life Kubernetes gives a projected token, in seconds.
 const TOKEN_SECONDS: i64 = 600;
@@ -46,6 +47,19 @@ pub(crate) struct PodSettings {
     pub(crate) gate_url: String,
     /// Certificate authority of the gate API, PEM. Not a secret.
     pub(crate) gate_ca: String,
+    /// Where gates ask for credentials; `None` where there is no broker.
+    pub(crate) broker: Option<BrokerAccess>,
+}
+
+/// The broker, as pods reach it.
+#[derive(Clone, Debug)]
+pub(crate) struct BrokerAccess {
+    /// Base URL.
+    pub(crate) url: String,
+    /// Its certificate authority, PEM.
+    pub(crate) ca: String,
+    /// Certificate authorities of forges with a private one, PEM: gates ask forges for the tokens of jobs.
+    pub(crate) forge_ca: Option<String>,
 }
 
 /// What is asked for one runner.
@@ -118,7 +132,7 @@ pub(crate) fn runner_pod(request: &PodRequest<'_>, settings: &PodSettings) -> Po
             init_containers: Some(vec![gate(request.sentinels, settings)]),
             containers: vec![runner(spec, settings)],
             image_pull_secrets: (!spec.runner.image_pull_secrets.is_empty()).then(|| pull_secrets(spec)),
-            volumes: Some(volumes(spec)),
+            volumes: Some(volumes(spec, settings)),
             ..PodSpec::default()
         }),
         status: None,
@@ -150,18 +164,27 @@ fn affinity(placement: &Placement) -> Option<Affinity> {
 /// The native sidecar: it alone can speak for the pod.
 fn gate(sentinels: &[IpAddr], settings: &PodSettings) -> Container {
     let sentinels: Vec<String> = sentinels.iter().map(|address| SocketAddr::from((*address, SENTINEL_PORT)).to_string()).collect();
+    let mut environment = vec![
+        env("MAYFLY_OPERATOR_URL", &settings.gate_url),
+        env("MAYFLY_OPERATOR_CA", &settings.gate_ca),
+        env("MAYFLY_TOKEN_FILE", &format!("{TOKEN_DIR}/token")),
+        env("MAYFLY_REGISTRATION", &format!("{HANDOFF_DIR}/registration")),
+        env("MAYFLY_SENTINELS", &sentinels.join(",")),
+    ];
+    if let Some(broker) = &settings.broker {
+        environment.extend([
+            env("MAYFLY_BROKER_URL", &broker.url),
+            env("MAYFLY_BROKER_CA", &broker.ca),
+            env("MAYFLY_BROKER_TOKEN_FILE", &format!("{TOKEN_DIR}/broker")),
+        ]);
+        environment.extend(broker.forge_ca.as_ref().map(|authorities| env("MAYFLY_FORGE_CA", authorities)));
+    }
     Container {
         name: GATE_CONTAINER.to_owned(),
         image: Some(settings.gate_image.clone()),
         image_pull_policy: Some(settings.image_pull_policy.clone()),
         restart_policy: Some("Always".to_owned()),
-        env: Some(vec![
-            env("MAYFLY_OPERATOR_URL", &settings.gate_url),
-            env("MAYFLY_OPERATOR_CA", &settings.gate_ca),
-            env("MAYFLY_TOKEN_FILE", &format!("{TOKEN_DIR}/token")),
-            env("MAYFLY_REGISTRATION", &format!("{HANDOFF_DIR}/registration")),
-            env("MAYFLY_SENTINELS", &sentinels.join(",")),
-        ]),
+        env: Some(environment),
         resources: Some(resources(
             &[("cpu", "5m"), ("memory", "16Mi"), ("ephemeral-storage", "1Mi")],
             &[("cpu", "500m"), ("memory", "64Mi"), ("ephemeral-storage", "16Mi")],
@@ -207,23 +230,27 @@ fn pull_secrets(spec: &RunnerPoolSpec) -> Vec<LocalObjectReference> {
     spec.runner.image_pull_secrets.iter().map(|secret| LocalObjectReference { name: secret.name.clone() }).collect()
 }
 
-fn volumes(spec: &RunnerPoolSpec) -> Vec<Volume> {
+fn volumes(spec: &RunnerPoolSpec, settings: &PodSettings) -> Vec<Volume> {
     let workspace = spec.runner.workspace.clone().unwrap_or_else(|| Quantity("10Gi".to_owned()));
-    let token = ServiceAccountTokenProjection {
-        audience: Some(GATE_AUDIENCE.to_owned()),
-        expiration_seconds: Some(TOKEN_SECONDS),
-        path: "token".to_owned(),
+    let token = |audience: &str, path: &str| VolumeProjection {
+        service_account_token: Some(ServiceAccountTokenProjection {
+            audience: Some(audience.to_owned()),
+            expiration_seconds: Some(TOKEN_SECONDS),
+            path: path.to_owned(),
+        }),
+        ..VolumeProjection::default()
     };
+    let mut tokens = vec![token(GATE_AUDIENCE, "token")];
+    if settings.broker.is_some() {
+        tokens.push(token(BROKER_AUDIENCE, "broker"));
+    }
     vec![
         empty_dir("handoff", Some("Memory"), Quantity("1Mi".to_owned())),
         empty_dir("home", None, workspace),
         empty_dir("tmp", None, Quantity("2Gi".to_owned())),
         Volume {
             name: "gate-token".to_owned(),
-            projected: Some(ProjectedVolumeSource {
-                default_mode: None,
-                sources: Some(vec![VolumeProjection { service_account_token: Some(token), ..VolumeProjection::default() }]),
-            }),
+            projected: Some(ProjectedVolumeSource { default_mode: None, sources: Some(tokens) }),
             ..Volume::default()
         },
     ]

@@ -53,7 +53,10 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
     let gate_tls = tls::load_or_create(&io, &namespace, &settings.gate_secret, &settings.gate_names).await?;
     settings.pods.gate_ca = gate_tls.authority.clone();
     if let Some((name, secret)) = &settings.broker {
-        tls::load_or_create(&io, &namespace, secret, std::slice::from_ref(name)).await?;
+        let broker_tls = tls::load_or_create(&io, &namespace, secret, std::slice::from_ref(name)).await?;
+        if let Some(access) = &mut settings.pods.broker {
+            access.ca = broker_tls.authority;
+        }
     }
     health.done("certificate");
 

@@ -7,6 +7,7 @@ use axum::extract::connect_info::MockConnectInfo;
 use axum::http::{Request as HttpRequest, StatusCode};
 use kube::runtime::reflector;
 use kube::runtime::watcher::Event as WatchEvent;
+use mayfly_crds::Matcher;
 use mayfly_crds::names::BROKER_AUDIENCE;
 use mayfly_github_simulator::client::Simulator;
 use mayfly_github_simulator::server;
@@ -133,6 +134,11 @@ impl Stage {
         answer["token"].as_str().expect("a token").to_owned()
     }
 
+    async fn bindings_for(&self, actor: &str) -> (StatusCode, Value) {
+        let request = HttpRequest::get("/v1/bindings").header(header::AUTHORIZATION, format!("Bearer {actor}"));
+        self.answer(request.body(Body::empty()).expect("a request")).await
+    }
+
     async fn ask(&self, actor: &str, subject: &str) -> (StatusCode, Value) {
         let kind = "urn:ietf:params:oauth:token-type:jwt";
         let body = form_urlencoded::Serializer::new(String::new())
@@ -149,8 +155,12 @@ impl Stage {
     }
 
     async fn post(&self, kind: &str, body: String) -> (StatusCode, Value) {
+        let request = HttpRequest::post("/v1/token").header(header::CONTENT_TYPE, kind);
+        self.answer(request.body(Body::from(body)).expect("a request")).await
+    }
+
+    async fn answer(&self, request: HttpRequest<Body>) -> (StatusCode, Value) {
         let router = router(self.broker.clone()).layer(MockConnectInfo(SocketAddr::from((Ipv4Addr::new(192, 0, 2, 1), 4711))));
-        let request = HttpRequest::post("/v1/token").header(header::CONTENT_TYPE, kind).body(Body::from(body)).expect("a request");
         let answer = router.oneshot(request).await.expect("an answer");
         let status = answer.status();
         if status != StatusCode::PAYLOAD_TOO_LARGE {
@@ -159,6 +169,10 @@ impl Stage {
         let bytes = axum::body::to_bytes(answer.into_body(), 1 << 20).await.expect("a body");
         (status, serde_json::from_slice(&bytes).unwrap_or_default())
     }
+}
+
+fn exact(value: &str) -> Matcher {
+    Matcher { exact: Some(value.to_owned()), ..Matcher::default() }
 }
 
 /// Both pods are known to the API server, the first by the first token that comes.
@@ -254,6 +268,39 @@ async fn what_holds_now_counts() {
     stage.pods.apply_watcher_event(&WatchEvent::Delete(pod("linux-1", "uid-3", &job("31"))));
     assert_eq!(stage.ask("pod-1", &token).await.1["error"], "invalid_client", "no pod");
     assert_eq!(stage.sts.calls(), 1);
+}
+
+#[tokio::test]
+async fn a_pod_learns_of_the_bindings_for_its_job_and_of_no_other() {
+    let mut stage = Stage::set(both()).await;
+    let known = json!({"bindings": [{"name": "deploy", "audience": "deploy.example", "provider": {"aws": {"region": "eu-central-1"}}}]});
+    assert_eq!(stage.bindings_for("pod-1").await, (StatusCode::OK, known.clone()));
+    let good = || binding(&stage.issuer, &stage.sts.url);
+    let changes: [fn(&mut CredentialBinding); 5] = [
+        |binding| binding.spec.pools = vec!["other".to_owned()],
+        |binding| binding.metadata.namespace = Some("elsewhere".to_owned()),
+        |binding| binding.spec.subject.claims = [("repository_id".to_owned(), exact("43"))].into(),
+        |binding| drop(binding.spec.subject.claims.insert("event_name".to_owned(), exact("schedule"))),
+        // One that is not used.
+        |binding| binding.spec.subject.claims.clear(),
+    ];
+    for (n, change) in changes.into_iter().enumerate() {
+        stage.bindings.apply_watcher_event(&WatchEvent::Delete(good()));
+        let mut other = good();
+        change(other.0.as_mut().expect("a binding"));
+        stage.bindings.apply_watcher_event(&WatchEvent::Apply(other.clone()));
+        assert_eq!(stage.bindings_for("pod-1").await, (StatusCode::OK, json!({"bindings": []})), "change {n}");
+        stage.bindings.apply_watcher_event(&WatchEvent::Delete(other));
+    }
+    stage.bindings.apply_watcher_event(&WatchEvent::Apply(good()));
+    assert_eq!(stage.bindings_for("pod-1").await, (StatusCode::OK, known));
+    let mut unknown = pod("linux-1", "uid-1", &job("31"));
+    unknown.metadata.annotations = None;
+    stage.pods.apply_watcher_event(&WatchEvent::Apply(unknown));
+    assert_eq!(stage.bindings_for("pod-1").await.0, StatusCode::SERVICE_UNAVAILABLE, "the job is not known yet");
+    stage.pods.apply_watcher_event(&WatchEvent::Delete(pod("linux-1", "uid-1", &job("31"))));
+    assert_eq!(stage.bindings_for("pod-1").await.0, StatusCode::UNAUTHORIZED, "the pod is gone");
+    assert!(stage.audit.records().is_empty() && stage.sts.calls() == 0);
 }
 
 #[tokio::test]

@@ -1,0 +1,295 @@
+//! What was given out, kept until shortly before its end.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use aws_lc_rs::constant_time::verify_slices_are_equal;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::broker::{Broker, Offer, Provider, Trouble};
+use super::identity::Identity;
+
+/// A credential is renewed when it has less left than this, or than half its life: SDKs want more than a quarter of an hour.
+const RENEW: Duration = Duration::from_secs(20 * 60);
+/// What has less left than this is renewed before anything is given out.
+const LEAST: Duration = Duration::from_secs(60);
+/// Between two questions of which job this is.
+const PAUSE: Duration = Duration::from_millis(200);
+/// How long the broker may take to know which job this is.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Everything that is given to the job.
+pub(crate) struct Desk {
+    identity: Identity,
+    broker: Broker,
+    address: SocketAddr,
+    token: String,
+    drawers: HashMap<String, Drawer>,
+}
+
+/// One binding, and what came of it last.
+struct Drawer {
+    offer: Offer,
+    kept: Mutex<Option<Kept>>,
+    /// One exchange at a time.
+    renewing: Arc<tokio::sync::Mutex<()>>,
+}
+
+/// A credential with its times.
+#[derive(Clone)]
+struct Kept {
+    value: String,
+    from: Instant,
+    until: Instant,
+}
+
+impl Kept {
+    fn left(&self, now: Instant) -> Duration {
+        self.until.saturating_duration_since(now)
+    }
+
+    fn is_fresh(&self, now: Instant) -> bool {
+        self.left(now) > RENEW.min(self.until.saturating_duration_since(self.from) / 2)
+    }
+}
+
+/// What AWS's `credential_process` prints, which is what the broker gives out.
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct AwsSession {
+    access_key_id: String,
+    secret_access_key: String,
+    session_token: String,
+    expiration: String,
+}
+
+impl AwsSession {
+    fn read(text: &str) -> Result<Self, Trouble> {
+        // serde's message may quote it.
+        serde_json::from_str(text).map_err(|_| Trouble::Passing("the broker gave no AWS session".to_owned()))
+    }
+}
+
+impl Desk {
+    /// Asks the broker which bindings this job may use, until it knows which job it is. Waits without an executor's thread.
+    pub(crate) fn open(identity: Identity, broker: Broker, address: SocketAddr) -> Result<Self, String> {
+        let began = Instant::now();
+        let offers = loop {
+            match broker.offers() {
+                Ok(offers) => break offers,
+                Err(Trouble::Passing(_)) if began.elapsed() < PATIENCE => std::thread::sleep(PAUSE),
+                Err(trouble) => return Err(trouble.into_text()),
+            }
+        };
+        Self::new(identity, broker, address, offers)
+    }
+
+    fn new(identity: Identity, broker: Broker, address: SocketAddr, offers: Vec<Offer>) -> Result<Self, String> {
+        let mut random = [0; 32];
+        aws_lc_rs::rand::fill(&mut random).map_err(|_| "no random numbers".to_owned())?;
+        let token = random.iter().map(|byte| format!("{byte:02x}")).collect();
+        let drawers = offers
+            .into_iter()
+            .map(|offer| (offer.name.clone(), Drawer { offer, kept: Mutex::default(), renewing: Arc::default() }))
+            .collect();
+        Ok(Self { identity, broker, address, token, drawers })
+    }
+
+    /// What every request has to show.
+    pub(crate) fn token(&self) -> &str {
+        &self.token
+    }
+
+    /// Whether this is what every request has to show, as `Authorization`: the token itself, or as a bearer's.
+    pub(crate) fn admits(&self, authorization: &[u8]) -> bool {
+        let shown = authorization.strip_prefix(b"Bearer ").unwrap_or(authorization);
+        verify_slices_are_equal(shown, self.token.as_bytes()).is_ok()
+    }
+
+    /// Whether a `Host` header names this desk. A page that a browser of the job loads under another name is not served.
+    pub(crate) fn is_at(&self, host: &str) -> bool {
+        let name = host.strip_suffix(&format!(":{}", self.address.port()));
+        name.is_some_and(|name| name == "localhost" || name == self.address.ip().to_string())
+    }
+
+    /// What the hook is told: where credentials are, and what of the first one the log must not show. `token_file` holds the token.
+    pub(crate) async fn introduce(self: &Arc<Self>, token_file: &str) -> String {
+        let base = format!("http://{}", self.address);
+        let mut lines = vec![
+            format!("mask {}", self.token),
+            format!("set MAYFLY_CREDENTIALS_URL={base}"),
+            format!("set MAYFLY_CREDENTIALS_TOKEN_FILE={token_file}"),
+        ];
+        let mut aws: Vec<(&str, &str)> = self.drawers.values().filter_map(Drawer::aws).collect();
+        aws.sort_unstable();
+        match aws[..] {
+            [] => {}
+            [(name, region)] => match self.aws_session(name).await {
+                Ok(session) => {
+                    lines.push(format!("mask {}", session.secret_access_key));
+                    lines.push(format!("mask {}", session.session_token));
+                    lines.push(format!("set AWS_CONTAINER_CREDENTIALS_FULL_URI={base}/v1/aws/{name}"));
+                    lines.push(format!("set AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE={token_file}"));
+                    lines.push(format!("set AWS_REGION={region}"));
+                    lines.push(format!("say Mayfly: AWS SDKs find the credentials of CredentialBinding {name}"));
+                }
+                Err(trouble) => lines.push(format!("say Mayfly: CredentialBinding {name} gives nothing: {}", trouble.into_text())),
+            },
+            _ => {
+                let names: Vec<&str> = aws.iter().map(|(name, _)| *name).collect();
+                let names = names.join(", ");
+                lines.push(format!(
+                    "say Mayfly: several CredentialBindings give AWS credentials ({names}): set AWS_CONTAINER_CREDENTIALS_FULL_URI to \
+                     $MAYFLY_CREDENTIALS_URL/v1/aws/NAME, and AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE to $MAYFLY_CREDENTIALS_TOKEN_FILE"
+                ));
+            }
+        }
+        if self.drawers.is_empty() {
+            lines.push("say Mayfly: no CredentialBinding is for this job".to_owned());
+        }
+        lines.join("\n") + "\n"
+    }
+
+    /// The answer of AWS's container credentials endpoint.
+    pub(crate) async fn aws(self: &Arc<Self>, binding: &str) -> Result<Value, Trouble> {
+        let session = self.aws_session(binding).await?;
+        Ok(json!({
+            "AccessKeyId": session.access_key_id, "SecretAccessKey": session.secret_access_key, "Token": session.session_token,
+            "Expiration": session.expiration,
+        }))
+    }
+
+    async fn aws_session(self: &Arc<Self>, binding: &str) -> Result<AwsSession, Trouble> {
+        AwsSession::read(&self.get(binding, |drawer| drawer.aws().is_some()).await?)
+    }
+
+    /// A token of the job with the binding's audience, in the shape in which the forge gives it.
+    pub(crate) async fn audience_token(self: &Arc<Self>, binding: &str) -> Result<Value, Trouble> {
+        let value = self.get(binding, |drawer| drawer.aws().is_none()).await?;
+        Ok(json!({"value": value}))
+    }
+
+    /// What the binding gives, from the drawer where that is good for a while: SDKs wait a second for an answer, and clouds take longer.
+    async fn get(self: &Arc<Self>, binding: &str, fits: impl Fn(&Drawer) -> bool) -> Result<String, Trouble> {
+        let unknown = || Trouble::Denied(format!("no CredentialBinding {binding:?} of this kind is for this job"));
+        let drawer = self.drawers.get(binding).filter(|drawer| fits(drawer)).ok_or_else(unknown)?;
+        let now = Instant::now();
+        if let Some(kept) = drawer.kept().filter(|kept| kept.left(now) > LEAST) {
+            if !kept.is_fresh(now)
+                && let Ok(turn) = drawer.renewing.clone().try_lock_owned()
+            {
+                let (desk, name) = (self.clone(), binding.to_owned());
+                // What is kept is good as long as it lasts: the next request tries again.
+                drop(tokio::task::spawn_blocking(move || (desk.renew(&name).map(drop), turn)));
+            }
+            return Ok(kept.value);
+        }
+        let turn = drawer.renewing.clone().lock_owned().await;
+        if let Some(kept) = drawer.kept().filter(|kept| kept.is_fresh(Instant::now())) {
+            return Ok(kept.value);
+        }
+        let (desk, name) = (self.clone(), binding.to_owned());
+        let renewed = tokio::task::spawn_blocking(move || (desk.renew(&name), turn)).await;
+        renewed.map_err(|error| Trouble::Passing(error.to_string()))?.0
+    }
+
+    /// One token of the job for one credential. Blocks.
+    fn renew(&self, binding: &str) -> Result<String, Trouble> {
+        let drawer = self.drawers.get(binding).ok_or_else(|| Trouble::Denied("no such binding".to_owned()))?;
+        let token = self.identity.token_for(&drawer.offer.audience).map_err(Trouble::Passing)?;
+        let from = Instant::now();
+        let granted = self.broker.exchange(binding, &token)?;
+        let kept = Kept { value: granted.access_token, from, until: from + Duration::from_secs(granted.expires_in) };
+        *drawer.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(kept.clone());
+        Ok(kept.value)
+    }
+}
+
+impl Drawer {
+    fn kept(&self) -> Option<Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Name and region of a binding for AWS.
+    fn aws(&self) -> Option<(&str, &str)> {
+        match &self.offer.provider {
+            Provider::Aws { region } => Some((&self.offer.name, region)),
+            Provider::AudienceToken {} => None,
+        }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    pub(crate) const SESSION: &str =
+        r#"{"Version":1,"AccessKeyId":"AKIA","SecretAccessKey":"hunter2","SessionToken":"hunter3","Expiration":"2026-11-22T10:00:00Z"}"#;
+
+    /// A desk that asks nobody: what it has is in its drawers.
+    pub(crate) fn desk(bindings: &[(&str, Provider, &str)]) -> Arc<Desk> {
+        let identity = Identity::read(b"https://forge.invalid/\ntoken\n", "").expect("an identity");
+        let authority = rcgen::generate_simple_self_signed(vec!["broker".to_owned()]).expect("a certificate").cert.pem();
+        let broker = Broker::new("https://127.0.0.1:1", &authority, Path::new("/nowhere")).expect("a broker");
+        let offer = |name: &str, provider: &Provider| Offer { name: name.to_owned(), audience: "a".to_owned(), provider: provider.clone() };
+        let offers = bindings.iter().map(|(name, provider, _)| offer(name, provider)).collect();
+        let desk = Desk::new(identity, broker, "127.0.0.1:4711".parse().expect("an address"), offers).expect("a desk");
+        let from = Instant::now();
+        for (name, _, value) in bindings.iter().filter(|(.., value)| !value.is_empty()) {
+            let kept = Kept { value: (*value).to_owned(), from, until: from + Duration::from_secs(3600) };
+            *desk.drawers[*name].kept.lock().expect("a drawer") = Some(kept);
+        }
+        Arc::new(desk)
+    }
+
+    pub(crate) fn aws() -> Provider {
+        Provider::Aws { region: "eu-central-1".to_owned() }
+    }
+
+    fn settings(lines: &str) -> Vec<&str> {
+        lines.lines().filter_map(|line| line.strip_prefix("set ")?.split('=').next()).collect()
+    }
+
+    #[tokio::test]
+    async fn one_binding_for_aws_is_what_sdks_find() {
+        let desk = desk(&[("deploy", aws(), SESSION), ("other", Provider::AudienceToken {}, "a.b.c")]);
+        let lines = desk.introduce("/run/mayfly/credentials-token").await;
+        assert!(lines.contains("set AWS_CONTAINER_CREDENTIALS_FULL_URI=http://127.0.0.1:4711/v1/aws/deploy\n"), "{lines}");
+        assert!(lines.contains("set AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE=/run/mayfly/credentials-token\n"), "{lines}");
+        assert!(lines.contains("set AWS_REGION=eu-central-1\n"), "{lines}");
+        for secret in [desk.token(), "hunter2", "hunter3"] {
+            let shown: Vec<&str> = lines.lines().filter(|line| line.contains(secret)).collect();
+            assert_eq!(shown, [format!("mask {secret}")]);
+        }
+    }
+
+    #[tokio::test]
+    async fn several_are_named_and_none_is_chosen() {
+        let own = ["MAYFLY_CREDENTIALS_URL", "MAYFLY_CREDENTIALS_TOKEN_FILE"];
+        let lines = desk(&[("deploy", aws(), SESSION), ("backup", aws(), SESSION)]).introduce("/file").await;
+        assert_eq!(settings(&lines), own);
+        assert!(lines.contains("(backup, deploy)"), "{lines}");
+        let lines = desk(&[]).introduce("/file").await;
+        assert!(lines.contains("no CredentialBinding is for this job"), "{lines}");
+        let lines = desk(&[("deploy", aws(), "")]).introduce("/file").await;
+        assert_eq!(settings(&lines), own, "{lines}");
+        assert!(lines.contains("say Mayfly: CredentialBinding deploy gives nothing: "), "{lines}");
+    }
+
+    #[test]
+    fn a_credential_is_renewed_in_time() {
+        let from = Instant::now();
+        let at = |seconds: u64| from + Duration::from_secs(seconds);
+        let kept = |life: u64| Kept { value: String::new(), from, until: at(life) };
+        for (life, last_fresh) in [(3600, 2399), (43_200, 41_999), (900, 449), (300, 149)] {
+            assert!(kept(life).is_fresh(at(last_fresh)), "{life}");
+            assert!(!kept(life).is_fresh(at(last_fresh + 1)), "{life}");
+        }
+        assert!(!kept(900).is_fresh(at(10_000)));
+    }
+}

@@ -1,0 +1,176 @@
+//! Credentials for the job, on loopback, in the protocols that SDKs speak already.
+//!
+//! The hook that runs before a job's first step hands over the job's right to ask its forge for OIDC tokens, through the named pipe
+//! `identity`, and reads from the pipe `credentials` what it has to do, a line each:
+//!
+//! - `mask VALUE`: the log is not to show this;
+//! - `set NAME=VALUE`: a variable for the job's steps;
+//! - `say TEXT`: for whoever reads the job's log.
+//!
+//! A hook that hands over nothing, because its job may not ask for tokens, is not waited for, and nothing is served.
+
+mod broker;
+mod desk;
+mod identity;
+mod server;
+
+use std::convert::Infallible;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use clap::Args;
+use rustix::fs::Mode;
+
+use crate::pipe;
+use broker::Broker;
+use desk::Desk;
+use identity::Identity;
+
+/// What a request on loopback has to show, in the file of this name.
+const TOKEN: &str = "credentials-token";
+/// Longest identity that is read, in bytes.
+const MAX_IDENTITY: u64 = 32 << 10;
+
+/// Where credentials come from.
+#[derive(Args, Clone)]
+pub(crate) struct Settings {
+    /// Base URL of the broker; without it there are no credentials.
+    #[arg(long, env = "MAYFLY_BROKER_URL")]
+    broker_url: String,
+    /// Certificate authority of the broker, PEM.
+    #[arg(long, env = "MAYFLY_BROKER_CA")]
+    broker_ca: String,
+    /// File with the pod's token for the broker; read anew for every call, as it is rotated.
+    #[arg(long, env = "MAYFLY_BROKER_TOKEN_FILE")]
+    broker_token_file: PathBuf,
+    /// Further certificate authorities of forges, PEM.
+    #[arg(long, env = "MAYFLY_FORGE_CA")]
+    forge_ca: Option<String>,
+}
+
+/// Where a job's hook and the gate meet. It is there before the job is told to begin.
+pub(crate) struct Counter {
+    identity: PathBuf,
+    credentials: PathBuf,
+    token: PathBuf,
+}
+
+impl Counter {
+    /// Makes the pipe that the hook writes to. The job cannot read it, so that a step that reads whatever is there does not wait on it.
+    ///
+    /// # Errors
+    /// When this container was started before.
+    pub(crate) fn open(folder: &Path) -> Result<Self, String> {
+        let (identity, credentials) = (folder.join("identity"), folder.join("credentials"));
+        pipe::make(&identity, Mode::RUSR | Mode::WGRP)?;
+        Ok(Self { identity, credentials, token: folder.join(TOKEN) })
+    }
+
+    /// Waits for the hook, tells it what there is, and gives it to the job's steps as long as the pod lives.
+    ///
+    /// # Errors
+    /// When nothing can be given; the hook was told so, if there was one.
+    pub(crate) fn serve(self, settings: &Settings) -> Result<Infallible, String> {
+        let handed = pipe::read(&self.identity, MAX_IDENTITY)?;
+        pipe::make(&self.credentials, Mode::WUSR | Mode::RGRP)?;
+        let prepared = self.prepare(settings, &handed);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| error.to_string())?;
+        let tell = |lines: String| pipe::write(pipe::open(&self.credentials)?, &self.credentials, lines.as_bytes());
+        match prepared {
+            Ok((listener, desk)) => {
+                tell(runtime.block_on(desk.introduce(&self.token.display().to_string())))?;
+                runtime.block_on(server::serve(listener, desk))
+            }
+            Err(why) => {
+                tell(format!("say Mayfly: no credentials: {why}\n"))?;
+                Err(why)
+            }
+        }
+    }
+
+    fn prepare(&self, settings: &Settings, handed: &[u8]) -> Result<(TcpListener, Arc<Desk>), String> {
+        let identity = Identity::read(handed, settings.forge_ca.as_deref().unwrap_or_default())?;
+        let broker = Broker::new(&settings.broker_url, &settings.broker_ca, &settings.broker_token_file)?;
+        let listener = TcpListener::bind("127.0.0.1:0").map_err(|error| format!("loopback: {error}"))?;
+        let address = listener.local_addr().map_err(|error| format!("loopback: {error}"))?;
+        let desk = Desk::open(identity, broker, address)?;
+        crate::tell(&self.token, desk.token().as_bytes())?;
+        Ok((listener, Arc::new(desk)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Output, Stdio};
+    use std::thread::JoinHandle;
+    use std::{fs, thread};
+
+    use super::*;
+
+    /// A job's hook, the one that users have, with the variables that its runner gives it.
+    struct Hook {
+        folder: PathBuf,
+        process: JoinHandle<Output>,
+    }
+
+    impl Hook {
+        fn run(name: &str, variables: &[(&str, &str)]) -> Self {
+            let folder = std::env::temp_dir().join(format!("mayfly-gate-hook-{name}-{}", std::process::id()));
+            fs::create_dir_all(&folder).expect("a folder");
+            fs::write(folder.join("github-env"), "").expect("a file");
+            let mut hook = Command::new("bash");
+            hook.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../images/github-runner/mayfly-job-started"));
+            hook.env("MAYFLY_JOB", folder.join("job")).env("GITHUB_ENV", folder.join("github-env")).envs(variables.iter().copied());
+            hook.stdout(Stdio::piped()).stderr(Stdio::piped());
+            let process = hook.spawn().expect("bash");
+            Self { folder, process: thread::spawn(|| process.wait_with_output().expect("the hook's end")) }
+        }
+
+        /// What it said, and what it set.
+        fn ended(self) -> (String, String) {
+            let output = self.process.join().expect("no panic");
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            let set = fs::read_to_string(self.folder.join("github-env")).expect("the file");
+            fs::remove_dir_all(&self.folder).expect("removed");
+            (String::from_utf8(output.stdout).expect("text"), set)
+        }
+    }
+
+    const IDENTITY: [(&str, &str); 2] =
+        [("ACTIONS_ID_TOKEN_REQUEST_URL", "https://forge.example/token?v=1"), ("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "hunter2")];
+
+    #[test]
+    fn the_hook_hands_over_the_identity_and_does_as_it_is_told() {
+        let hook = Hook::run("told", &[IDENTITY[0], IDENTITY[1], ("AWS_REGION", "chosen-by-the-workflow")]);
+        let counter = Counter::open(&hook.folder).expect("pipes");
+        crate::tell(&hook.folder.join("job"), b"job 7").expect("told");
+        assert_eq!(pipe::read(&counter.identity, MAX_IDENTITY).expect("handed over"), b"https://forge.example/token?v=1\nhunter2\n");
+        pipe::make(&counter.credentials, Mode::WUSR | Mode::RGRP).expect("a pipe");
+        let lines = "mask s3cr3t=\nset AWS_REGION=x\nset URI=http://127.0.0.1:1/v1/aws/a\nsay  hello $HOME `id`\n";
+        pipe::write(pipe::open(&counter.credentials).expect("a reader"), &counter.credentials, lines.as_bytes()).expect("written");
+        let (said, set) = hook.ended();
+        assert_eq!(said, "Mayfly accepted job 7 for this pod\n::add-mask::s3cr3t=\nhello $HOME `id`\n");
+        assert_eq!(set, "URI=http://127.0.0.1:1/v1/aws/a\n");
+    }
+
+    #[test]
+    fn a_job_without_the_right_to_ask_for_tokens_is_not_held_up() {
+        let hook = Hook::run("plain", &[]);
+        let _counter = Counter::open(&hook.folder).expect("pipes");
+        crate::tell(&hook.folder.join("job"), b"job 7").expect("told");
+        assert_eq!(hook.ended(), ("Mayfly accepted job 7 for this pod\n".to_owned(), String::new()));
+    }
+
+    #[test]
+    fn a_hook_that_gets_nothing_is_told_why() {
+        let hook = Hook::run("nothing", &[("ACTIONS_ID_TOKEN_REQUEST_URL", "nowhere"), IDENTITY[1]]);
+        let counter = Counter::open(&hook.folder).expect("pipes");
+        crate::tell(&hook.folder.join("job"), b"job 7").expect("told");
+        let settings = Settings { broker_url: String::new(), broker_ca: String::new(), broker_token_file: PathBuf::new(), forge_ca: None };
+        let error = counter.serve(&settings).expect_err("no identity");
+        let (said, set) = hook.ended();
+        assert!(said.ends_with(&format!("Mayfly: no credentials: {error}\n")) && !said.contains("hunter2"), "{said}");
+        assert_eq!(set, "");
+    }
+}
