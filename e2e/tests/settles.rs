@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
-use kube::api::ListParams;
+use kube::api::{ListParams, PostParams};
 use mayfly_cluster::World as Place;
 use mayfly_cluster::command::output;
+use mayfly_crds::CredentialBinding;
 use mayfly_e2e::stage::{PATIENCE, Stage, workflow};
 use mayfly_e2e::wait::eventually;
 use mayfly_e2e::world::SYSTEM;
@@ -60,6 +61,20 @@ async fn the_operator_has_the_permissions_it_uses_and_no_other() -> Result<()> {
     eventually("a warning told twice", PATIENCE, || async { Ok(calls(&stage, &account)?.contains("patch events").then_some(())) }).await?;
     stage.pool(|_| {}).await?;
     stage.succeeds("app", jobs[0].id).await?;
+    let binding = json!({
+        "apiVersion": "mayfly.dev/v1alpha1", "kind": "CredentialBinding", "metadata": {"name": "untrusted"},
+        "spec": {
+            "pools": ["ci"], "token": {"issuer": "https://nobody.example", "audience": "a.example"},
+            "subject": {"claims": {"repository_id": {"exact": "1"}}}, "provider": {"audienceToken": {}},
+        },
+    });
+    let bindings: Api<CredentialBinding> = Api::namespaced(stage.world.client.clone(), &stage.namespace);
+    bindings.create(&PostParams::default(), &serde_json::from_value(binding)?).await?;
+    eventually("the binding tells", PATIENCE, || async {
+        let told = bindings.get("untrusted").await?.status.unwrap_or_default().conditions;
+        Ok(told.iter().any(|told| told.type_ == "Ready" && told.reason == "IssuerNotTrusted").then_some(()))
+    })
+    .await?;
 
     let made = calls(&stage, &account)?;
     let mut rules = BTreeSet::new();

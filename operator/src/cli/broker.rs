@@ -1,7 +1,7 @@
 //! The broker's command line.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
@@ -61,14 +61,18 @@ pub(crate) struct BrokerSettings {
     pub(crate) remembered_tokens: usize,
 }
 
+/// Reads `--issuers-file`.
+pub(super) fn read_issuers(path: &Path) -> Result<Vec<IssuerConfig>> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("--issuers-file {}", path.display()))?;
+    IssuerConfig::read_all(&text).map_err(|why| anyhow!("--issuers-file {}: {why}", path.display()))
+}
+
 impl BrokerArgs {
     /// Checks what was given, and reads the files.
     pub(crate) fn settings(self) -> Result<BrokerSettings> {
         let bytes = |option: &str, path: &PathBuf| std::fs::read(path).with_context(|| format!("{option} {}", path.display()));
         let text = |option: &str, path: &PathBuf| std::fs::read_to_string(path).with_context(|| format!("{option} {}", path.display()));
-        let issuers = IssuerConfig::read_all(&text("--issuers-file", &self.issuers_file)?)
-            .map_err(|why| anyhow!("--issuers-file {}: {why}", self.issuers_file.display()))?;
-        let issuers = issuers.into_iter().map(|issuer| {
+        let issuers = read_issuers(&self.issuers_file)?.into_iter().map(|issuer| {
             let authorities = issuer.certificate_authority_file.as_ref();
             let authorities = authorities.map(|path| bytes("certificateAuthorityFile", path)).transpose()?;
             Ok((issuer, authorities))

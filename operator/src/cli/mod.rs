@@ -18,6 +18,7 @@ use crate::runner::{BrokerAccess, PodSettings};
 
 mod broker;
 
+use broker::read_issuers;
 pub(crate) use broker::{BrokerArgs, BrokerSettings};
 
 /// Where a pod is told whom to ask for names.
@@ -109,7 +110,7 @@ pub(crate) struct ControllerArgs {
     #[arg(long, env = "MAYFLY_GATE_SECRET", default_value = "mayfly-gate-tls")]
     gate_secret: String,
     /// Service of the broker: its certificate is made for it, as the broker may neither read nor write Secrets.
-    #[arg(long, env = "MAYFLY_BROKER_SERVICE")]
+    #[arg(long, env = "MAYFLY_BROKER_SERVICE", requires = "issuers_file")]
     broker_service: Option<String>,
     /// Secret that keeps the broker's certificate.
     #[arg(long, env = "MAYFLY_BROKER_SECRET", default_value = "mayfly-broker-tls")]
@@ -153,9 +154,9 @@ pub(crate) struct ControllerArgs {
     /// PEM file of certificate authorities for forges with a private one.
     #[arg(long, env = "MAYFLY_FORGE_CA_FILE")]
     forge_ca_file: Option<PathBuf>,
-    /// Mark runner pods with what the OIDC tokens of their jobs have to say, for the broker. It takes two more calls to GitHub for each job.
-    #[arg(long, env = "MAYFLY_JOB_CLAIMS")]
-    job_claims: bool,
+    /// YAML file with the issuers that the broker trusts: bindings tell whether theirs is among them.
+    #[arg(long, env = "MAYFLY_ISSUERS_FILE", requires = "broker_service")]
+    issuers_file: Option<PathBuf>,
     /// HTTP proxy for all calls to forges: http://HOST:PORT. It resolves their names, and has to keep them from leading inside.
     #[arg(long, env = "MAYFLY_FORGE_PROXY", value_parser = proxy)]
     forge_proxy: Option<String>,
@@ -182,7 +183,8 @@ pub(crate) struct Settings {
     pub(crate) broker: Option<(String, String)>,
     pub(crate) forge_ca: Option<Vec<u8>>,
     pub(crate) forge_proxy: Option<String>,
-    pub(crate) job_claims: bool,
+    /// Issuers that the broker trusts; `None` where there is no broker.
+    pub(crate) issuers: Option<Vec<String>>,
     pub(crate) poll_interval: Duration,
     pub(crate) sentinel_service: String,
     pub(crate) sentinel_pods: String,
@@ -209,6 +211,10 @@ impl ControllerArgs {
         }
         let host = format!("{}.{}.svc", self.gate_service, self.namespace);
         let admission_name = format!("{}.{}.svc", self.admission_service, self.namespace);
+        let issuers = match &self.issuers_file {
+            Some(path) => Some(read_issuers(path)?.into_iter().map(|issuer| issuer.issuer).collect()),
+            None => None,
+        };
         let broker_host = self.broker_service.as_ref().map(|service| format!("{service}.{}.svc", self.namespace));
         let pods_forge_ca = match (&broker_host, &forge_ca) {
             (Some(_), Some(authorities)) => Some(small_text(authorities).context("--forge-ca-file, which runner pods are given")?),
@@ -255,7 +261,7 @@ impl ControllerArgs {
             broker: broker_host.map(|host| (host, self.broker_secret)),
             forge_ca,
             forge_proxy: self.forge_proxy,
-            job_claims: self.job_claims,
+            issuers,
             poll_interval: Duration::from_secs(self.poll_seconds),
             sentinel_service,
             sentinel_pods,

@@ -179,8 +179,13 @@ pub(crate) fn offers<'a>(
     bindings: impl Iterator<Item = &'a CredentialBinding>,
 ) -> Result<Vec<&'a CredentialBinding>, Denial> {
     let (pod, pool) = living_pod(presenter, pod)?;
-    let job = job_claims(pod)?;
-    Ok(bindings.filter(|binding| sound_binding(Some(binding), pool).is_ok() && may_fit(&binding.spec, &job)).collect())
+    let mut sound: Vec<_> = bindings.filter(|binding| sound_binding(Some(binding), pool).is_ok()).collect();
+    // For a pool without bindings nobody asks the forge which job it is.
+    if !sound.is_empty() {
+        let job = job_claims(pod)?;
+        sound.retain(|binding| may_fit(&binding.spec, &job));
+    }
+    Ok(sound)
 }
 
 fn living_pod<'a>(presenter: Presenter<'_>, pod: Option<&'a PodFacts>) -> Result<(&'a PodFacts, &'a str), Denial> {

@@ -12,6 +12,7 @@ mod keys;
 mod matchers;
 mod providers;
 mod replay;
+mod status;
 mod token;
 mod wire;
 
@@ -19,3 +20,4 @@ pub(crate) use broker::{Broker, Guarded, Known, Parts, router};
 pub(crate) use http::{Http, no_server_at};
 pub(crate) use issuers::{Issuer, IssuerConfig, Issuers, Rhythm};
 pub(crate) use providers::Providers;
+pub(crate) use status::status;

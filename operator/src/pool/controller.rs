@@ -19,7 +19,7 @@ use kube::runtime::watcher;
 use kube::{Api, Resource, ResourceExt};
 use mayfly_crds::conditions::reasons;
 use mayfly_crds::names::FINALIZER_REGISTRATIONS;
-use mayfly_crds::{RunnerPool, RunnerPoolStatus, WaitingJob};
+use mayfly_crds::{CredentialBinding, RunnerPool, RunnerPoolStatus, WaitingJob};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -67,6 +67,8 @@ pub(crate) struct Context {
     pub(crate) deaf: Arc<Deaf>,
     pub(crate) secrets: Store<Secret>,
     pub(crate) policies: Store<NetworkPolicy>,
+    /// `None` where there is no broker.
+    pub(crate) bindings: Option<Store<DeserializeGuard<CredentialBinding>>>,
     pub(crate) dialects: Arc<Dialects>,
     pub(crate) nodes: Store<Node>,
     /// Of the whole cluster; those that bring network plugins are of interest.
@@ -90,6 +92,13 @@ impl Context {
         let valid = others.iter().filter_map(|guarded| guarded.0.as_ref().ok());
         let serving = valid.filter(|other| other.metadata.deletion_timestamp.is_none());
         serving.filter_map(|other| validate(other).ok()).filter(|other| other.uid != pool.uid && other.goes_before(pool)).collect()
+    }
+
+    /// Whether the broker has to know the jobs of this pool: a binding names it.
+    pub(super) fn has_bindings(&self, pool: &PoolKey) -> bool {
+        let all = self.bindings.as_ref().map(Store::state).unwrap_or_default();
+        let own = all.iter().filter(|binding| binding.namespace().as_deref() == Some(&pool.namespace));
+        own.filter_map(|binding| binding.0.as_ref().ok()).any(|binding| binding.spec.pools.contains(&pool.name))
     }
 
     /// What the schedulable nodes say of user namespaces.

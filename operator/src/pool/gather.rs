@@ -396,7 +396,7 @@ pub(super) fn gather_blind(ctx: &Context, pool: &Pool, handle: &PoolHandle) -> O
 /// What each pod is.
 fn pods(ctx: &Context, pool: &Pool, handle: &PoolHandle, refusals: &BTreeMap<JobKey, Refusal>, observed: &mut Observed) {
     let now = ctx.now();
-    let living = own_pods(ctx, pool);
+    let (living, wanted) = (own_pods(ctx, pool), ctx.has_bindings(&pool.key));
     let mut state = handle.state();
     let state = &mut *state;
     for pod in &living {
@@ -416,7 +416,7 @@ fn pods(ctx: &Context, pool: &Pool, handle: &PoolHandle, refusals: &BTreeMap<Job
         if matches!(&role, Role::Busy { refused: None, .. }) && pod.annotations().contains_key(ANNOTATION_JOB) {
             observed.accepted.push(name.clone());
             let job = state.registered.get(&name).and_then(|runner| state.running.get(&runner.job.as_ref()?.0));
-            if let Some(job) = job.filter(|_| ctx.settings.job_claims && !pod.annotations().contains_key(ANNOTATION_JOB_CLAIMS)) {
+            if let Some(job) = job.filter(|_| wanted && !pod.annotations().contains_key(ANNOTATION_JOB_CLAIMS)) {
                 observed.unclaimed.push((name.clone(), pod.uid().unwrap_or_default(), job.clone()));
             }
         }

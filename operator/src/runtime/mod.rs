@@ -1,5 +1,6 @@
 //! The skeleton of the process: watches, servers, shutdown. Any part that ends by itself ends the process.
 
+mod bindings;
 mod broker;
 mod dialects;
 pub(crate) mod health;
@@ -64,6 +65,8 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
     let registry = Arc::new(registry);
     let deaf = Arc::new(Deaf::default());
     let (stores, root) = watches::start(&client, &namespace, &registry, &deaf, &mut parts, &stop);
+    let trusted = settings.issuers.clone();
+    let bindings = trusted.map(|trusted| bindings::start(&client, &io, &registry, trusted, &mut parts, &stop));
     let dialects = dialects::start(&client, &registry, &mut parts, &stop);
     let pools = stores.pools.clone();
     let ctx = Arc::new(Context {
@@ -76,6 +79,7 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
         deaf,
         secrets: stores.secrets.clone(),
         policies: stores.policies.clone(),
+        bindings,
         dialects: dialects.clone(),
         nodes: stores.nodes.clone(),
         daemon_sets: stores.daemon_sets.clone(),

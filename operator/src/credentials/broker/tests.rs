@@ -298,6 +298,8 @@ async fn a_pod_learns_of_the_bindings_for_its_job_and_of_no_other() {
     unknown.metadata.annotations = None;
     stage.pods.apply_watcher_event(&WatchEvent::Apply(unknown));
     assert_eq!(stage.bindings_for("pod-1").await.0, StatusCode::SERVICE_UNAVAILABLE, "the job is not known yet");
+    stage.bindings.apply_watcher_event(&WatchEvent::Delete(binding(&stage.issuer, &stage.sts.url)));
+    assert_eq!(stage.bindings_for("pod-1").await, (StatusCode::OK, json!({"bindings": []})), "nobody asks which job it is");
     stage.pods.apply_watcher_event(&WatchEvent::Delete(pod("linux-1", "uid-1", &job("31"))));
     assert_eq!(stage.bindings_for("pod-1").await.0, StatusCode::UNAUTHORIZED, "the pod is gone");
     assert!(stage.audit.records().is_empty() && stage.sts.calls() == 0);

@@ -57,6 +57,7 @@ fn context(server: &Server, pods: &[Pod]) -> Arc<Context> {
         deaf: Arc::default(),
         secrets: reflector::store().0,
         policies: reflector::store().0,
+        bindings: None,
         dialects: Arc::new(Dialects::new(reflector::store().0)),
         nodes: reflector::store().0,
         daemon_sets: reflector::store().0,
