@@ -7,6 +7,8 @@ BIN := target/$(TARGET)/release
 CARGO := cargo
 # Everything is built with one profile and for the whole workspace at once, so that demo, tests and benchmarks share every object.
 BUILD := $(CARGO) build --release --workspace
+# Parts that are built beside the cluster's own.
+also := helm,image-gitea-runner
 
 .PHONY: demo test bench lint generate up down status clean help
 
@@ -16,6 +18,7 @@ help: ## Show what can be made
 demo: up-and-build ## A real workflow in a one-job pod, from nothing: cluster, forge, operator, push, job, nothing left
 	@$(BIN)/demo
 
+test: also := $(also),minio
 test: up-and-build ## Every test; JUnit results in target/junit, the last line is "N passed, N failed"
 	@hack/test.sh $(BIN)
 
@@ -23,10 +26,10 @@ bench: up-and-build ## Figures, one a line as "name value unit", and in target/b
 	@$(BIN)/bench
 
 # The cluster's parts are Go programs and take longest: they are built while cargo builds ours. Helm and the runner's image are what
-# demo, tests and benchmarks need besides.
+# demo, tests and benchmarks need besides; tests have a store as well.
 .PHONY: up-and-build
 up-and-build: $(BIN)/cluster
-	@$(BIN)/cluster up --also helm,image-gitea-runner & up=$$!; \
+	@$(BIN)/cluster up --also $(also) & up=$$!; \
 	  $(BUILD) --bins || { kill $$up; wait $$up; exit 1; }; \
 	  wait $$up
 

@@ -10,26 +10,32 @@ use k8s_openapi::api::events::v1::Event as KubeEvent;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
 use kube::{Api, ResourceExt};
-use mayfly_cluster::World as Place;
 use mayfly_cluster::command::random_hex;
+use mayfly_cluster::{World as Place, pki};
 use mayfly_crds::names::{ANNOTATION_FORGE, ANNOTATION_POOL_NAMESPACES, RunnerName};
 use mayfly_crds::{RunnerPool, RunnerPoolStatus};
 use mayfly_github_simulator::client::Simulator;
 use mayfly_github_simulator::control::{NewApp, NewGroup, NewOrganization, NewRepository};
 use mayfly_github_simulator::model::Event;
 use serde_json::{Value, json};
+use tokio::sync::Mutex;
 
 use crate::stage::{PATIENCE, POOL};
 use crate::wait::eventually;
-use crate::world::{SYSTEM, built};
+use crate::world::{SYSTEM, built, host_of};
 use crate::{World, pool};
 
 /// Port of the simulator, at the address of the outside world's other forge.
 const PORT: u16 = 8480;
+/// Port at which it answers with a certificate: tokens of its issuer are good for those only who can be sure of its keys.
+const TLS_PORT: u16 = 8481;
 /// What it is called among the programs of the outside world.
 const NAME: &str = "github-simulator";
 /// The runner group that pools are in.
 const GROUP: &str = "runners";
+
+/// One is started at a time: two cannot listen on one address.
+static STARTING: Mutex<()> = Mutex::const_new(());
 
 /// An organization at the simulated GitHub, with an App that is installed in it.
 #[derive(Clone)]
@@ -48,21 +54,35 @@ pub struct Organization {
     pub installation: i64,
 }
 
+/// The issuer of its jobs' tokens, whose certificate is of the cluster's authority ([`mayfly_cluster::pki::authority`]).
+///
+/// # Errors
+/// When the forge's address is none.
+pub fn issuer(world: &World) -> Result<String> {
+    Ok(format!("https://{}:{TLS_PORT}/_services/token", world.host_beside_forge("github")?))
+}
+
 /// Has the simulator run. Everything of an earlier one is kept.
 ///
 /// # Errors
 /// When it does not answer.
 pub async fn start(world: &World) -> Result<Simulator> {
-    let base = |url: &str| -> Result<String> {
-        let authority = url.split_once("://").context("the forge's address has a scheme")?.1;
-        let host = authority.split('/').next().unwrap_or_default().rsplit_once(':').map_or(authority, |(host, _)| host);
-        Ok(format!("http://{host}:{PORT}"))
-    };
-    let public = base(&world.access.url)?.replace("://forge.", "://github.");
-    let program = built()?.join(NAME).display().to_string();
-    let listen = format!("0.0.0.0:{PORT}");
-    world.cluster.start(Place::Outside, NAME, &[&program, "--listen", &listen, "--public-url", &public])?;
-    let simulator = Simulator::new(&base(&world.access.local_url)?, b"");
+    let _one = STARTING.lock().await;
+    let (host, local) = (world.host_beside_forge("github")?, host_of(&world.access.local_url)?);
+    let (certificate, key) = pki::server(world.cluster.layout(), NAME, &[&host, local])?;
+    let program = built()?.join(NAME);
+    let arguments = [
+        ("--listen", format!("0.0.0.0:{PORT}")),
+        ("--public-url", format!("http://{host}:{PORT}")),
+        ("--tls-listen", format!("0.0.0.0:{TLS_PORT}")),
+        ("--tls-cert", certificate.display().to_string()),
+        ("--tls-key", key.display().to_string()),
+        ("--issuer", issuer(world)?),
+    ];
+    let (program, words) = (program.display().to_string(), arguments.iter().flat_map(|(name, value)| [*name, value.as_str()]));
+    let argv: Vec<&str> = std::iter::once(program.as_str()).chain(words).collect();
+    world.cluster.start(Place::Outside, NAME, &argv)?;
+    let simulator = Simulator::new(&format!("http://{local}:{PORT}"), b"");
     eventually("the GitHub simulator answers", Duration::from_secs(10), || async {
         Ok(simulator.call("GET", "settings", Vec::new()).await.is_ok().then_some(()))
     })

@@ -6,6 +6,7 @@ pub mod install;
 pub mod leak;
 pub mod pool;
 pub mod stage;
+pub mod store;
 pub mod wait;
 pub mod world;
 

@@ -156,6 +156,18 @@ pub const GO_PARTS: &[GoPart] = &[
         data: &[],
     },
     GoPart {
+        name: "minio",
+        module: "e2e/tools/minio",
+        cgo: false,
+        versioned_by: None,
+        programs: &[
+            GoProgram::new("minio", "github.com/minio/minio"),
+            // Its client, which shares nearly all packages.
+            GoProgram::new("mc", "github.com/minio/mc"),
+        ],
+        data: &[],
+    },
+    GoPart {
         name: "kind",
         module: "e2e/tools/kind",
         cgo: false,

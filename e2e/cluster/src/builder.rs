@@ -352,6 +352,8 @@ mod tests {
         assert_eq!(Selection::named(&[]).unwrap(), Selection::all());
         let both = Selection::for_given().and(&["helm".to_owned()]).unwrap();
         assert!(both.has("helm") && both.has("kubernetes") && !both.has("gitea"));
+        let started = Selection::for_cluster(true, true);
+        assert!(!started.has("minio") && started.and(&["minio".to_owned()]).unwrap().has("minio"));
         assert_eq!(Selection::for_given().and(&[]).unwrap(), Selection::for_given());
         let error = Selection::named(&["kubernets".to_owned()]).unwrap_err();
         assert!(error.to_string().contains("there are: packages, kubernetes,"), "{error}");

@@ -200,16 +200,31 @@ impl Cluster {
     }
 
     /// Starts a program in a namespace of the cluster under a name, unless it runs: a decoy, a cloud. It writes to `log/NAME.log`,
-    /// outlives this program and ends with the cluster. Where the cluster is not of this machine, its outside world is this machine,
-    /// and nothing is started on its nodes.
+    /// outlives this program and ends with the cluster. One of that name that runs with other arguments is stopped first. Where the
+    /// cluster is not of this machine, its outside world is this machine, and nothing is started on its nodes.
     pub fn start(&self, world: World, name: &str, argv: &[&str]) -> Result<()> {
+        self.start_with(world, name, argv, &[])
+    }
+
+    /// The same with variables, the place for secrets: arguments are for everybody to see. One that runs keeps those it was started with.
+    pub fn start_with(&self, world: World, name: &str, argv: &[&str], variables: &[(&str, &str)]) -> Result<()> {
         let (program, args) = argv.split_first().context("nothing to start")?;
         let world = match (self.saved.provider, world) {
             (Provider::Local, world) => world,
             (_, World::Node) => bail!("programs are started on the node of a local cluster only"),
             (_, World::Outside | World::Machine) => World::Machine,
         };
-        Daemon::new(name, world, PathBuf::from(program)).args(args.iter().copied()).ensure(&self.layout).map(drop)
+        let daemon = Daemon::new(name, world, PathBuf::from(program)).args(args.iter().copied());
+        let daemon = variables.iter().fold(daemon, |daemon, (name, value)| daemon.env(name, *value));
+        if daemon.differs(&self.layout) {
+            self.stop(name)?;
+        }
+        daemon.ensure(&self.layout).map(drop)
+    }
+
+    /// Whether what [`start`](Self::start) started runs.
+    pub fn runs(&self, name: &str) -> bool {
+        recorded(&self.layout, name).is_some_and(|identity| identity.alive())
     }
 
     /// Stops what [`start`](Self::start) started.

@@ -42,8 +42,7 @@ pub fn create(layout: &Layout) -> Result<()> {
         return Ok(());
     }
     let authority = Authority::new()?;
-    write_file(&path(layout, "ca.crt"), &authority.pem)?;
-    write_private(&path(layout, "ca.key"), &authority.key)?;
+    authority.store(layout)?;
 
     let (addresses, server) = (layout.addresses(), layout.addresses().api_url());
     let service = format!("kubernetes.default.svc.{CLUSTER_DOMAIN}");
@@ -76,6 +75,16 @@ pub fn create(layout: &Layout) -> Result<()> {
     write_private(&layout.kubeconfig(), &kubeconfig(layout.name(), &server, &authority.pem, user, &pair))
 }
 
+/// A certificate of the cluster's authority for a server of the outside world, and its key, as PEM files: made once under each `name`,
+/// for these host names and addresses. A cluster that others made gets an authority of its own for them.
+pub fn server(layout: &Layout, name: &str, hosts: &[&str]) -> Result<(PathBuf, PathBuf)> {
+    let paths = (path(layout, &format!("{name}.crt")), path(layout, &format!("{name}.key")));
+    if !paths.0.exists() || !paths.1.exists() {
+        Authority::of(layout)?.issue_server(name, hosts)?.store(layout, name)?;
+    }
+    Ok(paths)
+}
+
 struct Authority {
     issuer: Issuer<'static, KeyPair>,
     pem: String,
@@ -90,24 +99,54 @@ struct Pair {
 
 impl Authority {
     fn new() -> Result<Self> {
-        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        let mut params = params("mayfly-e2e", None);
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign, KeyUsagePurpose::DigitalSignature];
+        let (key, params) = (KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?, Self::params());
         let certificate = params.self_signed(&key).context("cannot sign the authority's certificate")?;
         Ok(Self { pem: certificate.pem(), key: key.serialize_pem(), issuer: Issuer::new(params, key) })
     }
 
+    /// The one that a cluster has.
+    fn of(layout: &Layout) -> Result<Self> {
+        if !path(layout, "ca.key").exists() {
+            let made = Self::new()?;
+            made.store(layout)?;
+            return Ok(made);
+        }
+        let key = fs::read_to_string(path(layout, "ca.key")).context("cannot read the authority's key")?;
+        let pair = KeyPair::from_pem(&key).context("cannot use the authority's key")?;
+        Ok(Self { pem: authority(layout)?, key, issuer: Issuer::new(Self::params(), pair) })
+    }
+
+    fn store(&self, layout: &Layout) -> Result<()> {
+        write_file(&path(layout, "ca.crt"), &self.pem)?;
+        write_private(&path(layout, "ca.key"), &self.key)
+    }
+
+    fn params() -> CertificateParams {
+        let mut params = params("mayfly-e2e", None);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign, KeyUsagePurpose::DigitalSignature];
+        params
+    }
+
     /// A certificate for a client, or, with `names`, for a server as well.
     fn issue(&self, user: &str, group: Option<&str>, names: &[&str]) -> Result<Pair> {
+        let mut usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        if !names.is_empty() {
+            usages.push(ExtendedKeyUsagePurpose::ServerAuth);
+        }
+        self.sign(params(user, group), user, names, usages)
+    }
+
+    /// A certificate for a server that is nobody to the API server.
+    fn issue_server(&self, name: &str, hosts: &[&str]) -> Result<Pair> {
+        self.sign(params(name, None), name, hosts, vec![ExtendedKeyUsagePurpose::ServerAuth])
+    }
+
+    fn sign(&self, mut params: CertificateParams, user: &str, names: &[&str], usages: Vec<ExtendedKeyUsagePurpose>) -> Result<Pair> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        let mut params = params(user, group);
         params.use_authority_key_identifier_extension = true;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
-        if !names.is_empty() {
-            params.extended_key_usages.push(ExtendedKeyUsagePurpose::ServerAuth);
-        }
+        params.extended_key_usages = usages;
         for name in names {
             params.subject_alt_names.push(match name.parse::<IpAddr>() {
                 Ok(address) => SanType::IpAddress(address),
@@ -166,7 +205,7 @@ current-context: {cluster}
     )
 }
 
-/// The API server's certificate authority, PEM.
+/// The certificate authority of API server and outside world, PEM.
 pub fn authority(layout: &Layout) -> Result<String> {
     let path = path(layout, "ca.crt");
     fs::read_to_string(&path).with_context(|| format!("cannot read {}; is the cluster up?", path.display()))
@@ -197,14 +236,16 @@ mod tests {
         let authority = Authority::new().unwrap();
         let client = authority.issue("scheduler", None, &[]).unwrap();
         let server = authority.issue("kube-apiserver", None, &["172.30.0.1", "kubernetes"]).unwrap();
-        // OID 1.3.6.1.5.5.7.3.1, server authentication, in DER.
+        let outside = authority.issue_server("github", &["github.mayfly.test"]).unwrap();
+        // OIDs 1.3.6.1.5.5.7.3.1 and .2, authentication of servers and of clients, in DER.
         let server_auth = [0x06, 0x08, 0x2b, 0x06, 0x01, 0x05, 0x05, 0x07, 0x03, 0x01];
+        let client_auth = [0x06, 0x08, 0x2b, 0x06, 0x01, 0x05, 0x05, 0x07, 0x03, 0x02];
         let der = |pem: &str| {
             let body: String = pem.lines().filter(|line| !line.starts_with("-----")).collect();
             STANDARD.decode(body).unwrap()
         };
-        let holds = |pem: &str| der(pem).windows(server_auth.len()).any(|window| window == server_auth);
-        assert!(holds(&server.certificate));
-        assert!(!holds(&client.certificate));
+        let may = |pair: &Pair, usage: [u8; 10]| der(&pair.certificate).windows(usage.len()).any(|window| window == usage);
+        assert!(may(&server, server_auth) && may(&outside, server_auth) && !may(&client, server_auth));
+        assert!(may(&server, client_auth) && may(&client, client_auth) && !may(&outside, client_auth));
     }
 }

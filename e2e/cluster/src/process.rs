@@ -4,7 +4,7 @@
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
@@ -125,9 +125,12 @@ impl Daemon {
         Ok(true)
     }
 
-    fn start(&self, layout: &Layout) -> Result<()> {
-        let log_path = layout.log(&self.part);
-        let log = open_log(&log_path)?;
+    /// Whether it runs, or ran, with other arguments or in another place than it would be started with now. Variables are not compared.
+    pub fn differs(&self, layout: &Layout) -> bool {
+        record(layout, &self.part).is_some_and(|record| record.command != line(&self.command(layout)))
+    }
+
+    fn command(&self, layout: &Layout) -> Command {
         let mut argv: Vec<String> = Vec::new();
         if self.world != World::Machine {
             argv.push("nsenter".into());
@@ -154,7 +157,15 @@ impl Daemon {
 
         let mut command = command("setsid", &argv);
         command.env_clear().env("PATH", search_path(layout)).env("HOME", "/root").envs(self.env.iter().cloned());
-        command.current_dir("/").stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        command.current_dir("/");
+        command
+    }
+
+    fn start(&self, layout: &Layout) -> Result<()> {
+        let log_path = layout.log(&self.part);
+        let log = open_log(&log_path)?;
+        let mut command = self.command(layout);
+        command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let child = command.spawn().context("cannot start `setsid`; is util-linux installed?")?;
         let pid = i32::try_from(child.id()).context("impossible pid")?;
         let Some(identity) = Identity::of(pid) else {
@@ -190,9 +201,13 @@ pub fn search_path(layout: &Layout) -> String {
 
 /// The process recorded for a part since the machine started, running or not.
 pub fn recorded(layout: &Layout, part: &str) -> Option<Identity> {
+    record(layout, part).map(|record| record.identity)
+}
+
+fn record(layout: &Layout, part: &str) -> Option<Record> {
     let text = fs::read_to_string(record_path(layout, part)).ok()?;
     let record: Record = serde_json::from_str(&text).ok()?;
-    (record.boot == boot_id().ok()?).then_some(record.identity)
+    (record.boot == boot_id().ok()?).then_some(record)
 }
 
 /// All parts that were ever started in this cluster, with their processes.

@@ -54,7 +54,7 @@ pub(crate) fn discovery(forge: &Forge) -> Reply {
     Reply::json(
         200,
         &json!({
-            "issuer": world.issuer, "jwks_uri": format!("{}/_services/token/.well-known/jwks", world.url),
+            "issuer": world.issuer, "jwks_uri": format!("{}/.well-known/jwks", world.issuer),
             "subject_types_supported": ["public", "pairwise"], "response_types_supported": ["id_token"], "claims_supported": CLAIMS,
             "id_token_signing_alg_values_supported": ["RS256"], "scopes_supported": ["openid"],
         }),

@@ -1,12 +1,12 @@
 //! HTTP: takes requests, notes them, injects faults, and hands them to the part of the forge they belong to.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::State;
@@ -38,6 +38,8 @@ pub struct Config {
     pub listen: Option<SocketAddr>,
     /// Certificate chain and key, PEM files; none: plain HTTP.
     pub tls: Option<(PathBuf, PathBuf)>,
+    /// Where to listen with that certificate, and with plain HTTP at `listen`; none: with the certificate at `listen`.
+    pub tls_listen: Option<SocketAddr>,
     /// Base of every URL handed out; none: the address listened on.
     pub public_url: Option<String>,
     /// The OIDC issuer; none: `<public URL>/_services/token`.
@@ -50,9 +52,11 @@ pub struct Config {
 pub struct Server {
     /// Where it listens.
     pub address: SocketAddr,
+    /// Where it listens with its certificate.
+    pub tls_address: Option<SocketAddr>,
     /// Its base URL.
     pub url: String,
-    handle: Handle<SocketAddr>,
+    handles: Vec<Handle<SocketAddr>>,
     tasks: Vec<JoinHandle<()>>,
 }
 
@@ -64,33 +68,41 @@ impl Server {
     pub async fn start(config: Config) -> Result<Self> {
         // Somebody may have chosen a provider already; it is the same one.
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-        let listener = std::net::TcpListener::bind(config.listen.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0))))
-            .context("the simulator cannot listen")?;
-        listener.set_nonblocking(true)?;
+        let listener = listen(config.listen.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0))))?;
         let address = listener.local_addr()?;
-        let scheme = if config.tls.is_some() { "https" } else { "http" };
+        let beside = config.tls_listen.map(listen).transpose()?;
+        let (plain, with_certificate) = match (&config.tls, beside) {
+            (None, None) => (Some(listener), None),
+            (None, Some(_)) => bail!("there is no certificate to listen with"),
+            (Some(tls), None) => (None, Some((listener, tls))),
+            (Some(tls), Some(beside)) => (Some(listener), Some((beside, tls))),
+        };
+        let scheme = if plain.is_some() { "http" } else { "https" };
         let url = config.public_url.map_or_else(|| format!("{scheme}://{address}"), |url| url.trim_end_matches('/').to_owned());
         let (outbox, deliveries) = mpsc::unbounded_channel();
         let world = World::new(url.clone(), config.issuer, config.settings, outbox)?;
         let forge = Arc::new(Forge { world: Mutex::new(world) });
         make_runner_keys(Arc::downgrade(&forge));
         let service = Router::new().fallback(serve).with_state(forge.clone()).into_make_service();
-        let handle = Handle::new();
         let mut tasks = vec![tokio::spawn(webhook::deliver(forge.clone(), deliveries)), tokio::spawn(tick(forge))];
-        let serving = handle.clone();
-        let task = match &config.tls {
-            None => {
-                let server = axum_server::from_tcp(listener)?.handle(serving);
-                tokio::spawn(async move { drop(server.serve(service).await) })
-            }
-            Some((certificate, key)) => {
-                let tls = RustlsConfig::from_pem_file(certificate, key).await.context("the certificate cannot be used")?;
-                let server = axum_server::from_tcp_rustls(listener, tls)?.handle(serving);
-                tokio::spawn(async move { drop(server.serve(service).await) })
-            }
+        let mut handles = Vec::new();
+        let mut handle = || {
+            handles.push(Handle::new());
+            handles[handles.len() - 1].clone()
         };
-        tasks.push(task);
-        Ok(Self { address, url, handle, tasks })
+        if let Some(listener) = plain {
+            let server = axum_server::from_tcp(listener)?.handle(handle());
+            let service = service.clone();
+            tasks.push(tokio::spawn(async move { drop(server.serve(service).await) }));
+        }
+        let mut tls_address = None;
+        if let Some((listener, (certificate, key))) = with_certificate {
+            tls_address = Some(listener.local_addr()?);
+            let tls = RustlsConfig::from_pem_file(certificate, key).await.context("the certificate cannot be used")?;
+            let server = axum_server::from_tcp_rustls(listener, tls)?.handle(handle());
+            tasks.push(tokio::spawn(async move { drop(server.serve(service).await) }));
+        }
+        Ok(Self { address, tls_address, url, handles, tasks })
     }
 
     /// Runs until the process is told to end.
@@ -109,11 +121,19 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.handle.shutdown();
+        for handle in &self.handles {
+            handle.shutdown();
+        }
         for task in &self.tasks {
             task.abort();
         }
     }
+}
+
+fn listen(address: SocketAddr) -> Result<TcpListener> {
+    let listener = TcpListener::bind(address).with_context(|| format!("the simulator cannot listen at {address}"))?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
 }
 
 /// The forge behind its lock.

@@ -97,7 +97,7 @@ impl World {
         let signing = Arc::new(RsaKey::generate()?);
         Ok(Self {
             settings,
-            issuer: issuer.unwrap_or_else(|| format!("{url}/_services/token")),
+            issuer: issuer.map_or_else(|| format!("{url}/_services/token"), |issuer| issuer.trim_end_matches('/').to_owned()),
             url,
             secret: random(),
             generations: Generations::default(),

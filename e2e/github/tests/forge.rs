@@ -6,13 +6,15 @@ mod common;
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use common::{PATIENCE, call, jit, quick, runner, start};
+use common::{Folder, PATIENCE, call, call_of, free_address, jit, quick, runner, start};
 use mayfly_github_simulator::client::Simulator;
 use mayfly_github_simulator::control::{Enqueue, NewGroup, NewRepository};
 use mayfly_github_simulator::keys::{RsaKey, Token, webhook_signatures};
 use mayfly_github_simulator::model::{Event, Fault, Settings};
+use mayfly_github_simulator::server::{Config, Server};
 use serde_json::{Value, json};
 
 const NOTHING: Value = Value::Null;
@@ -354,6 +356,109 @@ fn base32(text: &str) -> Vec<u8> {
         }
     }
     bytes
+}
+
+/// A certificate for `localhost` and its key, in files, and the authority that signed it.
+fn certificate(folder: &Folder) -> ((PathBuf, PathBuf), String) {
+    let authority_key = rcgen::KeyPair::generate().unwrap();
+    let mut params = rcgen::CertificateParams::default();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let authority = params.self_signed(&authority_key).unwrap();
+    let issuer = rcgen::Issuer::new(params, authority_key);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let signed = rcgen::CertificateParams::new(["localhost".to_owned()]).unwrap().signed_by(&key, &issuer).unwrap();
+    let paths = (folder.0.join("certificate.pem"), folder.0.join("key.pem"));
+    std::fs::write(&paths.0, signed.pem()).unwrap();
+    std::fs::write(&paths.1, key.serialize_pem()).unwrap();
+    (paths, authority.pem())
+}
+
+/// A hook that asks for the job's token, has it hidden, and hands it to the steps.
+const ASKING_HOOK: &str = r#"
+if [ -z "${ACTIONS_ID_TOKEN_REQUEST_URL:-}${ACTIONS_ID_TOKEN_REQUEST_TOKEN:-}" ]; then echo "hook: nothing to ask with"; exit 0; fi
+token=$(python3 - <<'END'
+import json, os, urllib.request
+bearer = {"Authorization": "bearer " + os.environ["ACTIONS_ID_TOKEN_REQUEST_TOKEN"]}
+request = urllib.request.Request(os.environ["ACTIONS_ID_TOKEN_REQUEST_URL"] + "&audience=store", headers=bearer)
+print(json.load(urllib.request.urlopen(request))["value"])
+END
+)
+echo "::add-mask::"
+echo "::add-mask::$token"
+echo "hook: got $token"
+echo "HANDED_ON=$token" >> "$GITHUB_ENV"
+"#;
+
+#[tokio::test]
+async fn a_hook_trades_the_token_of_an_issuer_with_a_certificate() {
+    let (folder, address) = (Folder::new(), free_address());
+    let (tls, authority) = certificate(&folder);
+    let issuer = format!("https://localhost:{}/_services/token", address.port());
+    let config =
+        Config { tls: Some(tls), tls_listen: Some(address), issuer: Some(format!("{issuer}/")), settings: quick(), ..Config::default() };
+    let server = Server::start(config).await.unwrap();
+    assert_eq!(server.tls_address, Some(address));
+    assert!(server.url.starts_with("http://"), "what is handed out stays plain: {}", server.url);
+    let simulator = Simulator::new(&server.url, b"");
+    simulator.repository(&NewRepository { owner: "acme".into(), name: "widgets".into(), ..NewRepository::default() }).await.unwrap();
+    let file = r#"
+on: push
+jobs:
+  may:
+    runs-on: may
+    permissions: {id-token: write}
+    steps:
+      - run: echo "first $HANDED_ON"; echo "wrapped=$(printf %s "$HANDED_ON" | base32 -w0)"
+      - run: echo "second $HANDED_ON"
+  may-not:
+    runs-on: may-not
+    steps: [{run: 'echo "handed on: ($HANDED_ON)"'}]
+"#;
+    simulator.workflow("acme/widgets", "trade.yaml", file).await.unwrap();
+    let token = simulator.personal_token().await.unwrap();
+    let runs = simulator.dispatch("acme/widgets", &Event::default()).await.unwrap();
+    let hook = folder.0.join("hook.sh");
+    std::fs::write(&hook, ASKING_HOOK).unwrap();
+    let hooks = [("ACTIONS_RUNNER_HOOK_JOB_STARTED", hook.to_str().unwrap())];
+    let mut ran = Vec::new();
+    for label in ["may", "may-not"] {
+        ran.push(runner(&jit(&simulator, &token, label, label).await, &hooks));
+    }
+    let jobs = simulator.finished(runs[0], PATIENCE).await.unwrap();
+    for ran in ran {
+        ran.await.unwrap();
+    }
+    let log = |key: &str| {
+        let job = jobs.iter().find(|job| job.key == key).unwrap();
+        assert_eq!(job.conclusion.as_deref(), Some("success"), "{}", job.log);
+        job.log.as_str()
+    };
+    // Without the permission there is nothing to ask with.
+    for expected in ["hook: nothing to ask with", "handed on: ()"] {
+        assert!(log("may-not").contains(expected), "{expected:?} is missing in: {}", log("may-not"));
+    }
+    // With it, the hook's file is the steps' environment, and what it hid is hidden from then on, as is the word that hid it.
+    let log = log("may");
+    for expected in ["hook: got ***", "first ***", "second ***", "##[warning]Can't add secret mask for empty string"] {
+        assert!(log.contains(expected), "{expected:?} is missing in: {log}");
+    }
+    assert!(!log.contains("::add-mask"), "{log}");
+    let wrapped = log.split(" wrapped=").nth(1).unwrap_or_else(|| panic!("{log}")).lines().next().unwrap();
+    let jwt = String::from_utf8(base32(wrapped)).unwrap();
+    assert!(!log.contains(&jwt), "{log}");
+
+    // The token says whose it is, and that one answers where the token says, for those who trust its certificate.
+    let parsed = Token::parse(&jwt).unwrap();
+    assert_eq!((&parsed.claims["iss"], &parsed.claims["aud"]), (&json!(issuer), &json!("store")));
+    let authority = authority.as_bytes();
+    let (status, discovery) = call_of(authority, "GET", &format!("{issuer}/.well-known/openid-configuration"), "", &NOTHING).await;
+    assert_eq!((status, &discovery["issuer"]), (200, &json!(issuer)));
+    assert_eq!(discovery["jwks_uri"], format!("{issuer}/.well-known/jwks"));
+    let (_, keys) = call_of(authority, "GET", discovery["jwks_uri"].as_str().unwrap(), "", &NOTHING).await;
+    assert!(keys["keys"].as_array().unwrap().iter().any(|key| key["kid"] == parsed.header["kid"]), "{keys}");
+    let url = format!("{issuer}/.well-known/jwks");
+    let stranger = tokio::task::spawn_blocking(move || mayfly_github_simulator::http::agent(b"", PATIENCE).get(&url).call());
+    assert!(stranger.await.unwrap().is_err(), "the certificate is nobody else's");
 }
 
 #[tokio::test]

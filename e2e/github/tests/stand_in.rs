@@ -30,9 +30,7 @@ async fn a_job_over_tls_through_the_entry_point() {
     let (certificate, key) = (folder.0.join("certificate.pem"), folder.0.join("key.pem"));
     std::fs::write(&certificate, signed.cert.pem()).unwrap();
     std::fs::write(&key, signed.signing_key.serialize_pem()).unwrap();
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap();
-    drop(listener);
+    let address = common::free_address();
     let config = Config {
         listen: Some(address),
         tls: Some((certificate.clone(), key)),

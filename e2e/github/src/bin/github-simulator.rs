@@ -21,6 +21,9 @@ struct Cli {
     /// Private key of the certificate, PEM.
     #[arg(long, env = "GITHUB_SIMULATOR_TLS_KEY", requires = "tls_cert")]
     tls_key: Option<PathBuf>,
+    /// Where to listen with the certificate, beside plain HTTP [default: with the certificate alone].
+    #[arg(long, env = "GITHUB_SIMULATOR_TLS_LISTEN", requires = "tls_cert")]
+    tls_listen: Option<SocketAddr>,
     /// Base of every URL that is handed out, as its readers reach the simulator.
     #[arg(long, env = "GITHUB_SIMULATOR_PUBLIC_URL")]
     public_url: Option<String>,
@@ -49,6 +52,7 @@ async fn main() -> Result<()> {
     let config = Config {
         listen: Some(cli.listen),
         tls: cli.tls_cert.zip(cli.tls_key),
+        tls_listen: cli.tls_listen,
         public_url: cli.public_url,
         issuer: cli.issuer,
         settings: Settings { flow, ..Settings::default() },

@@ -442,10 +442,11 @@ impl Output<'_> {
         }
         let text = &command.text;
         match command.name.as_str() {
-            "add-mask" => {
-                self.log.mask(text);
-                self.log.line("::add-mask::***");
+            "add-mask" if text.trim().is_empty() => {
+                self.log.line("##[warning]Can't add secret mask for empty string in ##[add-mask] command.");
             }
+            // The command itself is not logged.
+            "add-mask" => self.log.mask(text),
             name @ ("error" | "warning" | "notice" | "group") => self.log.line(&format!("##[{name}]{text}")),
             "endgroup" => self.log.line("##[endgroup]"),
             "debug" | "echo" | "add-matcher" | "remove-matcher" => {}

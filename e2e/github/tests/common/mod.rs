@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each test program uses its part")]
 
+use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
@@ -52,6 +53,11 @@ impl Drop for Folder {
     }
 }
 
+/// An address that nobody listens on now: for what has to be known before anybody does.
+pub(crate) fn free_address() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
 /// Runs a stand-in runner with this configuration, given by its environment.
 pub(crate) fn runner(configuration: &str, environment: &[(&str, &str)]) -> JoinHandle<Ran> {
     let mut command = tokio_command(env!("CARGO_BIN_EXE_runner-stand-in"));
@@ -78,7 +84,8 @@ pub(crate) async fn call(method: &str, url: &str, authorization: &str, body: &Va
     call_of(b"", method, url, authorization, body).await
 }
 
-async fn call_of(authority: &[u8], method: &str, url: &str, authorization: &str, body: &Value) -> (u16, Value) {
+/// The same of a simulator with a certificate of its own.
+pub(crate) async fn call_of(authority: &[u8], method: &str, url: &str, authorization: &str, body: &Value) -> (u16, Value) {
     let authority = authority.to_vec();
     let request = ureq::http::Request::builder()
         .method(method)

@@ -1,0 +1,156 @@
+//! A store in the outside world: MinIO, whose STS takes the tokens of the simulated GitHub's jobs, and whose S3 takes what STS gave.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use mayfly_cluster::builder::part_folder;
+use mayfly_cluster::command::{random_hex, run, write_file};
+use mayfly_cluster::process::check_running;
+use mayfly_cluster::{World as Place, pki};
+use serde_json::json;
+use tokio::sync::Mutex;
+
+use crate::wait::eventually;
+use crate::world::host_of;
+use crate::{World, github};
+
+/// What it is called among the programs of the outside world, and its part's name.
+const NAME: &str = "minio";
+const PORT: u16 = 9000;
+/// The one bucket.
+const BUCKET: &str = "artifacts";
+/// The audience of tokens that are meant for it.
+const AUDIENCE: &str = "store.mayfly.example";
+/// The policy of the one role: reads and writes the one bucket.
+const POLICY: &str = "one-bucket";
+/// How MinIO tells of its roles when it starts.
+const ROLES: &str = "IAM Roles:";
+/// Below the cluster's state: all that is the store's, and in it the role, written when all is arranged.
+const FOLDER: &str = "store";
+const ROLE_FILE: &str = "role";
+
+/// A store with one bucket and one role, which whoever has a token of the simulated GitHub's issuer for its audience may assume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Store {
+    /// Address of both STS and S3, for pods, operator and outside world: `https://HOST:PORT`.
+    pub endpoint: String,
+    /// The role for `AssumeRoleWithWebIdentity`: it may do everything with the bucket, and nothing with others.
+    pub role_arn: String,
+    /// What `aud` of a token has to be.
+    pub audience: String,
+    /// The bucket.
+    pub bucket: String,
+    /// The authority that signed its certificate, and the issuer's: PEM.
+    pub authority: String,
+}
+
+/// One is started at a time: two cannot listen on one address.
+static STARTING: Mutex<()> = Mutex::const_new(());
+
+/// Has the simulated GitHub and the store run. A store that runs is kept with what is in it; another one begins empty.
+///
+/// # Errors
+/// When MinIO is not built (`cluster build minio`), or does not get ready.
+pub async fn start(world: &World) -> Result<Store> {
+    let _one = STARTING.lock().await;
+    // Who the issuer is, is read when the store starts.
+    github::start(world).await?;
+    let layout = world.cluster.layout();
+    let (folder, host) = (layout.at(FOLDER), world.host_beside_forge("s3")?);
+    let (endpoint, role_file) = (format!("https://{host}:{PORT}"), folder.join(ROLE_FILE));
+    if !world.cluster.runs(NAME) || !role_file.exists() {
+        world.cluster.stop(NAME)?;
+        if folder.exists() {
+            fs::remove_dir_all(&folder).with_context(|| format!("cannot empty {}", folder.display()))?;
+        }
+        let role = arrange(world, &folder, &host).await.context("the store does not get ready")?;
+        write_file(&role_file, &role)?;
+    }
+    Ok(Store {
+        endpoint,
+        role_arn: fs::read_to_string(&role_file)?,
+        audience: AUDIENCE.to_owned(),
+        bucket: BUCKET.to_owned(),
+        authority: pki::authority(layout)?,
+    })
+}
+
+/// Starts MinIO, and has its own client make bucket and policy. Returns the role. Nobody has the administrator's credentials afterwards.
+async fn arrange(world: &World, folder: &Path, host: &str) -> Result<String> {
+    let layout = world.cluster.layout();
+    let programs = part_folder(layout, NAME)?;
+    // MinIO looks for its certificate and for authorities under these names, and so does its client.
+    let (certificate, key) = pki::server(layout, "s3", &[host, host_of(&world.access.local_url)?])?;
+    let (server, client) = (folder.join("server"), folder.join("client"));
+    for certificates in [server.join("certs"), client.join("certs")] {
+        write_file(&certificates.join("CAs/ca.crt"), &pki::authority(layout)?)?;
+    }
+    fs::copy(certificate, server.join("certs/public.crt"))?;
+    fs::copy(key, server.join("certs/private.key"))?;
+
+    let (user, password, issuer) = (random_hex(10)?, random_hex(20)?, github::issuer(world)?);
+    let path = |path: &Path| path.display().to_string();
+    let (program, certs, data) = (path(&programs.join("minio")), path(&server.join("certs")), path(&server.join("data")));
+    let log = layout.log(NAME);
+    let before = fs::metadata(&log).map_or(0, |log| log.len());
+    world.cluster.start_with(
+        Place::Outside,
+        NAME,
+        &[&program, "server", "--address", &format!(":{PORT}"), "--certs-dir", &certs, &data],
+        &[
+            ("HOME", &path(&server)),
+            ("MINIO_ROOT_USER", &user),
+            ("MINIO_ROOT_PASSWORD", &password),
+            ("MINIO_BROWSER", "off"),
+            ("MINIO_IDENTITY_OPENID_CONFIG_URL", &format!("{issuer}/.well-known/openid-configuration")),
+            ("MINIO_IDENTITY_OPENID_CLIENT_ID", AUDIENCE),
+            ("MINIO_IDENTITY_OPENID_ROLE_POLICY", POLICY),
+        ],
+    )?;
+    let role = eventually("MinIO tells its role", Duration::from_secs(60), || async {
+        check_running(layout, NAME)?;
+        let said = fs::read(&log)?;
+        Ok(role_in(&String::from_utf8_lossy(said.get(usize::try_from(before)?..).unwrap_or_default())))
+    })
+    .await?;
+
+    let statement =
+        json!({"Effect": "Allow", "Action": ["s3:*"], "Resource": [format!("arn:aws:s3:::{BUCKET}"), format!("arn:aws:s3:::{BUCKET}/*")]});
+    let policy = client.join("policy.json");
+    write_file(&policy, &json!({"Version": "2012-10-17", "Statement": [statement]}).to_string())?;
+    let (bucket, policy) = (format!("store/{BUCKET}"), path(&policy));
+    for words in [&["mb", "--ignore-existing", &bucket][..], &["admin", "policy", "create", "store", POLICY, &policy]] {
+        eventually(format!("`mc {}`", words.join(" ")), Duration::from_secs(30), || async {
+            let argv = [path(&programs.join("mc")), "--config-dir".to_owned(), path(&client)];
+            let mut mc = world.cluster.command_in(Place::Outside, argv);
+            // A proxy of the caller's does not lead there.
+            mc.args(words).env("MC_HOST_store", format!("https://{user}:{password}@{host}:{PORT}")).env("NO_PROXY", host);
+            run(&mut mc).map(Some)
+        })
+        .await?;
+    }
+    Ok(role)
+}
+
+/// The first role that MinIO tells of.
+fn role_in(log: &str) -> Option<String> {
+    let (_, after) = log.split_once(ROLES)?;
+    // The line may not be whole yet.
+    let (line, _) = after.split_once('\n')?;
+    line.split_whitespace().next().map(str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_role_is_read_from_a_whole_line() {
+        let whole = "MinIO Object Storage Server\nINFO: IAM Roles: arn:minio:iam:::role/one arn:minio:iam:::role/two\nAPI: ..";
+        assert_eq!(role_in(whole).as_deref(), Some("arn:minio:iam:::role/one"));
+        assert_eq!(role_in("INFO: IAM Roles: arn:minio:iam:::ro"), None);
+        assert_eq!(role_in("API: https://s3"), None);
+    }
+}
