@@ -11,7 +11,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
 use kube::{Api, ResourceExt};
 use mayfly_cluster::command::random_hex;
-use mayfly_cluster::{World as Place, pki};
+use mayfly_cluster::{ForgeAccess, World as Place, pki};
 use mayfly_crds::names::{ANNOTATION_FORGE, ANNOTATION_POOL_NAMESPACES, RunnerName};
 use mayfly_crds::{RunnerPool, RunnerPoolStatus};
 use mayfly_github_simulator::client::Simulator;
@@ -22,7 +22,7 @@ use tokio::sync::Mutex;
 
 use crate::stage::{PATIENCE, POOL};
 use crate::wait::eventually;
-use crate::world::{SYSTEM, built, host_of};
+use crate::world::{SYSTEM, built, host_beside_forge, host_of};
 use crate::{World, pool};
 
 /// Port of the simulator, at the address of the outside world's other forge.
@@ -58,8 +58,8 @@ pub struct Organization {
 ///
 /// # Errors
 /// When the forge's address is none.
-pub fn issuer(world: &World) -> Result<String> {
-    Ok(format!("https://{}:{TLS_PORT}/_services/token", world.host_beside_forge("github")?))
+pub fn issuer(access: &ForgeAccess) -> Result<String> {
+    Ok(format!("https://{}:{TLS_PORT}/_services/token", host_beside_forge(access, "github")?))
 }
 
 /// Has the simulator run. Everything of an earlier one is kept.
@@ -68,7 +68,7 @@ pub fn issuer(world: &World) -> Result<String> {
 /// When it does not answer.
 pub async fn start(world: &World) -> Result<Simulator> {
     let _one = STARTING.lock().await;
-    let (host, local) = (world.host_beside_forge("github")?, host_of(&world.access.local_url)?);
+    let (host, local) = (host_beside_forge(&world.access, "github")?, host_of(&world.access.local_url)?);
     let (certificate, key) = pki::server(world.cluster.layout(), NAME, &[&host, local])?;
     let program = built()?.join(NAME);
     let arguments = [
@@ -77,7 +77,7 @@ pub async fn start(world: &World) -> Result<Simulator> {
         ("--tls-listen", format!("0.0.0.0:{TLS_PORT}")),
         ("--tls-cert", certificate.display().to_string()),
         ("--tls-key", key.display().to_string()),
-        ("--issuer", issuer(world)?),
+        ("--issuer", issuer(&world.access)?),
     ];
     let (program, words) = (program.display().to_string(), arguments.iter().flat_map(|(name, value)| [*name, value.as_str()]));
     let argv: Vec<&str> = std::iter::once(program.as_str()).chain(words).collect();

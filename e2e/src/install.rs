@@ -6,14 +6,19 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use mayfly_cluster::builder::{self, Selection};
-use mayfly_cluster::command::{output, run};
+use mayfly_cluster::command::{feed, output, run};
 use mayfly_cluster::images::Recipe;
-use mayfly_cluster::{Cluster, Progress};
+use mayfly_cluster::{Cluster, Progress, pki};
+use serde_json::json;
 
+use crate::github;
 use crate::world::{SYSTEM, built, repository};
 
 /// Registry part of the names of images that exist on the test node only.
 const REGISTRY: &str = "mayfly.test";
+
+/// ConfigMap with the authority of the outside world's certificates.
+const AUTHORITY: &str = "mayfly-e2e-authority";
 
 /// The cluster tool's name for the runner's image.
 const RUNNER_IMAGE: &str = "image-gitea-runner";
@@ -55,7 +60,15 @@ pub fn install(cluster: &Cluster, progress: &Progress) -> Result<()> {
         format!("githubRunner.repository={REGISTRY}/github-runner-stand-in"),
         format!("githubRunner.tag={stand_in}"),
         "runnerPodPullPolicy=Never".to_owned(),
+        format!("broker.issuers[0].issuer={}", github::issuer(&cluster.forge()?)?),
+        "broker.issuers[0].certificateAuthorityFile=/etc/mayfly/ca/ca.crt".to_owned(),
+        format!("broker.caConfigMap={AUTHORITY}"),
     ];
+    let authority = json!({
+        "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": AUTHORITY, "namespace": SYSTEM},
+        "data": {"ca.crt": pki::authority(layout)?},
+    });
+    feed(cluster.kubectl().args(["apply", "-f", "-"]), &authority.to_string())?;
     helm(cluster, &["mayfly".into(), charts.join("mayfly").display().to_string()], &values)?;
     run(cluster.kubectl().args(["-n", SYSTEM, "rollout", "status", "deployment/mayfly-controller", "--timeout=90s"]))
         .with_context(|| format!("the operator did not get ready:\n{}", operator_log(cluster)))?;

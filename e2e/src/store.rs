@@ -13,7 +13,7 @@ use serde_json::json;
 use tokio::sync::Mutex;
 
 use crate::wait::eventually;
-use crate::world::host_of;
+use crate::world::{host_beside_forge, host_of};
 use crate::{World, github};
 
 /// What it is called among the programs of the outside world, and its part's name.
@@ -58,7 +58,7 @@ pub async fn start(world: &World) -> Result<Store> {
     // Who the issuer is, is read when the store starts.
     github::start(world).await?;
     let layout = world.cluster.layout();
-    let (folder, host) = (layout.at(FOLDER), world.host_beside_forge("s3")?);
+    let (folder, host) = (layout.at(FOLDER), host_beside_forge(&world.access, "s3")?);
     let (endpoint, role_file) = (format!("https://{host}:{PORT}"), folder.join(ROLE_FILE));
     if !world.cluster.runs(NAME) || !role_file.exists() {
         world.cluster.stop(NAME)?;
@@ -90,7 +90,7 @@ async fn arrange(world: &World, folder: &Path, host: &str) -> Result<String> {
     fs::copy(certificate, server.join("certs/public.crt"))?;
     fs::copy(key, server.join("certs/private.key"))?;
 
-    let (user, password, issuer) = (random_hex(10)?, random_hex(20)?, github::issuer(world)?);
+    let (user, password, issuer) = (random_hex(10)?, random_hex(20)?, github::issuer(&world.access)?);
     let path = |path: &Path| path.display().to_string();
     let (program, certs, data) = (path(&programs.join("minio")), path(&server.join("certs")), path(&server.join("data")));
     let log = layout.log(NAME);

@@ -61,16 +61,6 @@ impl World {
         Ok(Client::try_from(config)?)
     }
 
-    /// By which name, or address, pods, operator and outside world reach another program of the outside world: beside the forge's name
-    /// where it has one there.
-    ///
-    /// # Errors
-    /// When the forge's address is none.
-    pub fn host_beside_forge(&self, name: &str) -> Result<String> {
-        let host = host_of(&self.access.url)?;
-        Ok(host.strip_prefix("forge.").map_or_else(|| host.to_owned(), |domain| format!("{name}.{domain}")))
-    }
-
     /// Has an address answer as a metadata endpoint would, on the node or in the outside world, so that silence means something. Returns
     /// the file in which it notes who came, as `visit FIRST-LINE`. It answers until the cluster ends.
     ///
@@ -135,6 +125,16 @@ static DECOYS: Mutex<()> = Mutex::const_new(());
 pub fn host_of(url: &str) -> Result<&str> {
     let authority = url.split_once("://").context("an address has a scheme")?.1.split('/').next().unwrap_or_default();
     Ok(authority.rsplit_once(':').map_or(authority, |(host, _)| host))
+}
+
+/// By which name, or address, pods, operator and outside world reach another program of the outside world: beside the forge's name
+/// where it has one there.
+///
+/// # Errors
+/// When the forge's address is none.
+pub fn host_beside_forge(access: &ForgeAccess, name: &str) -> Result<String> {
+    let host = host_of(&access.url)?;
+    Ok(host.strip_prefix("forge.").map_or_else(|| host.to_owned(), |domain| format!("{name}.{domain}")))
 }
 
 /// The operator's user name.

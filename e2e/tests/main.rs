@@ -14,4 +14,5 @@ mod runs_jobs;
 mod serves_github;
 mod settles;
 mod stays_in_its_pod;
+mod uses_credentials;
 mod without_engine;

@@ -1,0 +1,256 @@
+//! A job of the simulated GitHub becomes an identity of a real STS, from its pod alone. Its client is AWS's own SDK for Python.
+
+use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::core::v1::Pod;
+use kube::Api;
+use kube::api::{ListParams, LogParams, PostParams};
+use mayfly_cluster::command::run;
+use mayfly_crds::CredentialBinding;
+use mayfly_e2e::github::{self, Stage};
+use mayfly_e2e::stage::{PATIENCE, alone, turn};
+use mayfly_e2e::store::{self, Store};
+use mayfly_e2e::wait::eventually;
+use mayfly_e2e::world::{SYSTEM, host_of};
+use serde_json::{Value, json};
+
+/// Name of the binding.
+const BINDING: &str = "store";
+
+/// Lets jobs of the stage's repository become the store's role.
+async fn bind(stage: &Stage, store: &Store, change: impl FnOnce(&mut Value)) -> Result<()> {
+    let endpoint = &store.endpoint;
+    let mut binding = json!({
+        "apiVersion": "mayfly.dev/v1alpha1", "kind": "CredentialBinding", "metadata": {"name": BINDING},
+        "spec": {
+            "pools": ["ci"], "lifetimeSeconds": 900,
+            "token": {"issuer": github::issuer(&stage.world.access)?, "audience": store.audience},
+            "subject": {"claims": {
+                "repository": {"exact": format!("{}/web", stage.organization.name)},
+                "repository_id": {"exact": stage.organization.repository_id.to_string()},
+                "event_name": {"exact": "push"},
+            }},
+            "provider": {"aws": {"roleArn": store.role_arn, "region": "us-east-1", "endpoint": endpoint}},
+        },
+    });
+    change(&mut binding);
+    let bindings: Api<CredentialBinding> = Api::namespaced(stage.world.client.clone(), &stage.namespace);
+    let binding: CredentialBinding = serde_json::from_value(binding)?;
+    bindings.create(&PostParams::default(), &binding).await?;
+    Ok(())
+}
+
+/// A stage whose pool may reach the store.
+async fn set(name: &str) -> Result<(Stage, Store)> {
+    let stage = Stage::set(name).await?;
+    let store = store::start(&stage.world).await?;
+    let port: u16 = store.endpoint.rsplit(':').next().unwrap_or_default().parse()?;
+    let allow = json!({"cidr": format!("{}/32", host_of(&stage.world.access.local_url)?), "ports": [port]});
+    stage.pool(|pool| pool["spec"]["isolation"] = json!({"egress": {"allow": [allow]}})).await?;
+    Ok((stage, store))
+}
+
+/// A job that may ask for OIDC tokens and trusts the store's authority.
+fn job(store: &Store, script: &str) -> Value {
+    let authority = format!("cat >~/authority.pem <<'END'\n{}\nEND\n", store.authority.trim());
+    json!({"permissions": {"id-token": "write"}, "steps": [{"run": authority}, {"run": script}]})
+}
+
+/// What the broker told its audit trail about pods of this namespace.
+async fn records(stage: &Stage) -> Result<Vec<Value>> {
+    let pods: Api<Pod> = Api::namespaced(stage.world.client.clone(), SYSTEM);
+    let brokers = pods.list(&ListParams::default().labels("app.kubernetes.io/component=broker")).await?;
+    let mut records = Vec::new();
+    for broker in brokers.items {
+        let log = pods.logs(&broker.metadata.name.unwrap_or_default(), &LogParams::default()).await?;
+        let lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        records.extend(lines.filter(|record| record["scope"]["namespace"] == json!(stage.namespace)));
+    }
+    Ok(records)
+}
+
+/// Reads and writes the bucket with whatever credentials AWS's SDK finds by itself.
+fn sdk(store: &Store) -> String {
+    let Store { endpoint, bucket, .. } = store;
+    format!(
+        r#"python3 - <<'END'
+import boto3, botocore, os
+assert not [name for name in os.environ if name.startswith('AWS_') and ('KEY' in name or name == 'AWS_SESSION_TOKEN')], 'a key in the environment'
+verify = os.path.expanduser('~/authority.pem')
+s3 = boto3.client('s3', endpoint_url='{endpoint}', verify=verify)
+s3.put_object(Bucket='{bucket}', Key='{key}', Body=b'written by a job')
+print('read:', s3.get_object(Bucket='{bucket}', Key='{key}')['Body'].read().decode())
+try:
+    s3.list_objects_v2(Bucket='another')
+    print('another bucket is open')
+except botocore.exceptions.ClientError as error:
+    print('another bucket:', error.response['Error']['Code'])
+found = boto3.Session().get_credentials()
+print('found by:', found.method)
+print('the secret is', found.get_frozen_credentials().secret_key)
+END
+"#,
+        key = "from-a-job"
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_without_a_secret_writes_an_object_with_a_credential_of_its_own() -> Result<()> {
+    let _turn = turn().await;
+    let (stage, store) = set("credential").await?;
+    bind(&stage, &store, |_| {}).await?;
+    let log = stage.succeeds(stage.push_job("ci.yml", job(&store, &sdk(&store))).await?).await?;
+    for line in ["read: written by a job", "another bucket: AccessDenied", "found by: container-role", "the secret is ***"] {
+        ensure!(log.contains(line), "{line:?} is not in the log:\n{log}");
+    }
+    let records = records(&stage).await?;
+    let granted: Vec<&Value> = records.iter().filter(|record| record["action"] == "credential.granted").collect();
+    let [record] = granted.as_slice() else { anyhow::bail!("one exchange serves the whole job: {records:?}") };
+    ensure!(record["payload"]["token"]["job"]["repository"] == json!(format!("{}/web", stage.organization.name)), "{record}");
+    ensure!(record["payload"]["grant"]["per_job"] == json!(true), "{record}");
+    stage.strike().await
+}
+
+/// A job that may not ask for tokens is not held up; one that may, and for which there is no binding, is told so.
+#[tokio::test(flavor = "multi_thread")]
+async fn jobs_without_a_binding_or_the_permission_get_nothing_and_run() -> Result<()> {
+    let _turn = turn().await;
+    let (stage, store) = set("nobinding").await?;
+    bind(&stage, &store, |binding| binding["spec"]["subject"]["claims"]["event_name"] = json!({"exact": "schedule"})).await?;
+    let look = "env | grep -E '^(AWS|MAYFLY_CREDENTIALS)' || echo none";
+    let log = stage.succeeds(stage.push("plain.yml", look).await?).await?;
+    ensure!(log.lines().any(|line| line.ends_with(" none")), "{log}");
+    let log = stage.succeeds(stage.push_job("ci.yml", job(&store, look)).await?).await?;
+    ensure!(log.contains("Mayfly: no CredentialBinding is for this job") && !log.contains("AWS_"), "{log}");
+    ensure!(records(&stage).await?.is_empty());
+    stage.strike().await
+}
+
+/// One job publishes its right to ask for OIDC tokens while it runs. Another pod of the same pool hands it to its own gate, and shows a
+/// token made with it to the broker.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_is_worth_nothing_outside_of_its_pod() -> Result<()> {
+    let _turn = turn().await;
+    let (stage, store) = set("stolen").await?;
+    bind(&stage, &store, |_| {}).await?;
+    let publish = "printf '%s\\n%s\\n' \"$ACTIONS_ID_TOKEN_REQUEST_URL\" \"$ACTIONS_ID_TOKEN_REQUEST_TOKEN\" | base64 -w0 | sed 's/^/loot: /'; \
+                   echo; for i in $(seq 100); do [ -e ~/over ] && break; sleep 1; done";
+    let victim = stage.push_job("victim.yml", job(&store, publish)).await?;
+    let loot = eventually("the loot", PATIENCE, || async {
+        let jobs = stage.organization.simulator.jobs(victim).await?;
+        let id = jobs.first().context("a job")?.id;
+        let log = stage.organization.simulator.job(id).await?.log;
+        Ok(log.lines().find_map(|line| line.split_once("loot: ")).map(|(_, loot)| loot.trim().to_owned()))
+    })
+    .await?;
+    let audience = &store.audience;
+    let steal = format!(
+        r#"cd /run/mayfly
+echo {loot} | base64 -d >~/loot
+cat ~/loot >identity
+until [ -p credentials ]; do sleep 0.1; done
+while read -r line; do echo "gate: $line"; done <credentials
+python3 - <<'END'
+import json, os, urllib.error, urllib.request
+url, token = open(os.path.expanduser('~/loot')).read().split()
+request = urllib.request.Request(url + '&audience={audience}', headers={{'Authorization': 'Bearer ' + token}})
+value = json.load(urllib.request.urlopen(request))['value']
+print('the forge gives a token of', len(value.split('.')), 'parts')
+import ssl
+context = ssl._create_unverified_context()
+kind = 'urn:ietf:params:oauth:token-type:jwt'
+for actor in (value, 'nobody'):
+    form = urllib.parse.urlencode({{'grant_type': 'urn:ietf:params:oauth:grant-type:token-exchange', 'subject_token': value,
+        'subject_token_type': kind, 'actor_token': actor, 'actor_token_type': kind, 'resource': '{BINDING}'}}).encode()
+    try:
+        urllib.request.urlopen('https://mayfly-broker.{SYSTEM}.svc:8443/v1/token', form, context=context)
+        print('the broker gave something')
+    except urllib.error.HTTPError as error:
+        print('broker:', error.code, json.load(error)['error'])
+END
+"#
+    );
+    let thief = stage.push("thief.yml", &steal).await?;
+    let log = stage.succeeds(thief).await?;
+    ensure!(
+        log.contains(&format!("gate: say Mayfly: CredentialBinding {BINDING} gives nothing: the broker answers 400 invalid_target")),
+        "{log}"
+    );
+    ensure!(log.contains("the forge gives a token of 3 parts"), "the attack is none:\n{log}");
+    ensure!(log.matches("broker: 401 invalid_client").count() == 2 && !log.contains("gave something"), "{log}");
+    let records = records(&stage).await?;
+    let alarms = records.iter().filter(|record| record["payload"]["denial"]["alarm"] == json!(true)).count();
+    ensure!(alarms == 1, "{records:?}");
+    stage.organization.simulator.cancel(victim).await?;
+    stage.strike().await
+}
+
+/// Whoever is not the job gets nothing at the gate's door, and a job that is over has none.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_gates_door_opens_to_the_job_alone() -> Result<()> {
+    let _turn = turn().await;
+    let (stage, store) = set("door").await?;
+    bind(&stage, &store, |_| {}).await?;
+    let knock = r#"ls -ln "$MAYFLY_CREDENTIALS_TOKEN_FILE" | cut -d' ' -f1,3,4 | sed 's/^/file: /'
+python3 - <<'END'
+import os, socket, urllib.error, urllib.request
+base, token = os.environ['MAYFLY_CREDENTIALS_URL'], open(os.environ['MAYFLY_CREDENTIALS_TOKEN_FILE']).read()
+def ask(what, path='/v1/aws/store', **headers):
+    request = urllib.request.Request(base + path, headers=headers)
+    try:
+        print(what, urllib.request.urlopen(request).status)
+    except urllib.error.HTTPError as error:
+        print(what, error.code)
+ask('with the token:', Authorization=token)
+ask('without:')
+ask('with another:', Authorization=token[::-1])
+ask('by another name:', Authorization=token, Host='evil.example')
+ask('another binding:', '/v1/aws/other', Authorization=token)
+port = int(base.rsplit(':', 1)[1])
+own = socket.gethostbyname(socket.gethostname())
+try:
+    socket.create_connection((own, port), 2)
+    print('from outside: open', own)
+except OSError:
+    print('from outside: closed')
+END
+"#;
+    let log = stage.succeeds(stage.push_job("ci.yml", job(&store, knock)).await?).await?;
+    for line in [
+        "with the token: 200",
+        "without: 401",
+        "with another: 401",
+        "by another name: 421",
+        "another binding: 403",
+        "from outside: closed",
+        "file: -r--r-----",
+    ] {
+        ensure!(log.contains(line), "{line:?} is not in the log:\n{log}");
+    }
+    stage.strike().await
+}
+
+/// The broker is away: jobs go on without credentials, and are told.
+#[tokio::test(flavor = "multi_thread")]
+async fn jobs_run_while_the_broker_is_away() -> Result<()> {
+    let _alone = alone().await;
+    let (stage, store) = set("nobroker").await?;
+    bind(&stage, &store, |_| {}).await?;
+    let pods: Api<Pod> = Api::namespaced(stage.world.client.clone(), SYSTEM);
+    let brokers = ListParams::default().labels("app.kubernetes.io/component=broker");
+    let scale = |replicas: &str| {
+        run(stage.world.cluster.kubectl().args(["-n", SYSTEM, "scale", "deployment/mayfly-broker", replicas]))?;
+        run(stage.world.cluster.kubectl().args(["-n", SYSTEM, "rollout", "status", "deployment/mayfly-broker", "--timeout=60s"]))
+    };
+    scale("--replicas=0")?;
+    eventually("the broker is gone", PATIENCE, || async { Ok(pods.list(&brokers).await?.items.is_empty().then_some(())) }).await?;
+    let served = async {
+        let plain = stage.push("plain.yml", "echo quick").await?;
+        stage.succeeds(plain).await?;
+        stage.succeeds(stage.push_job("ci.yml", job(&store, "echo ${AWS_CONTAINER_CREDENTIALS_FULL_URI:-none}")).await?).await
+    };
+    let log = served.await;
+    scale("--replicas=1")?;
+    let log = log?;
+    ensure!(log.contains("Mayfly: no credentials: the broker cannot be asked") && log.lines().any(|line| line.ends_with(" none")), "{log}");
+    stage.strike().await
+}
