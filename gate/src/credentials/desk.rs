@@ -132,7 +132,9 @@ impl Desk {
                     lines.push(format!("mask {}", session.secret_access_key));
                     lines.push(format!("mask {}", session.session_token));
                     lines.push(format!("set AWS_CONTAINER_CREDENTIALS_FULL_URI={base}/v1/aws/{name}"));
+                    // The same twice: SDKs from before 2023 know the variable alone, and complain of what they do not get.
                     lines.push(format!("set AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE={token_file}"));
+                    lines.push(format!("set AWS_CONTAINER_AUTHORIZATION_TOKEN={}", self.token));
                     lines.push(format!("set AWS_REGION={region}"));
                     lines.push(format!("say Mayfly: AWS SDKs find the credentials of CredentialBinding {name}"));
                 }
@@ -262,10 +264,15 @@ pub(super) mod tests {
         assert!(lines.contains("set AWS_CONTAINER_CREDENTIALS_FULL_URI=http://127.0.0.1:4711/v1/aws/deploy\n"), "{lines}");
         assert!(lines.contains("set AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE=/run/mayfly/credentials-token\n"), "{lines}");
         assert!(lines.contains("set AWS_REGION=eu-central-1\n"), "{lines}");
-        for secret in [desk.token(), "hunter2", "hunter3"] {
-            let shown: Vec<&str> = lines.lines().filter(|line| line.contains(secret)).collect();
-            assert_eq!(shown, [format!("mask {secret}")]);
+        let shown = |secret: &str| lines.lines().filter(|line| line.contains(secret)).map(str::to_owned).collect::<Vec<_>>();
+        for secret in ["hunter2", "hunter3"] {
+            assert_eq!(shown(secret), [format!("mask {secret}")]);
         }
+        // Before it is set, nothing can show it.
+        assert_eq!(
+            shown(desk.token()),
+            [format!("mask {0}", desk.token()), format!("set AWS_CONTAINER_AUTHORIZATION_TOKEN={0}", desk.token())]
+        );
     }
 
     #[tokio::test]

@@ -173,23 +173,25 @@ async fn mark(ctx: &Context, pool: &Pool, handle: &PoolHandle, unmarked: &Unmark
 
 /// Writes onto a pod what the token of its job has to say, without keeping anybody waiting. What fails is tried again in the next pass.
 fn claim(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>, forge: &Arc<dyn Forge>, (pod, uid, job): &(String, String, Job)) {
-    if !handle.state().claiming.insert(pod.clone()) {
+    if !handle.state().claimed.insert(pod.clone()) {
         return;
     }
     let (ctx, pool, handle, forge) = (ctx.clone(), pool.key.clone(), handle.clone(), forge.clone());
     let (pod, uid, job) = (pod.clone(), uid.clone(), job.clone());
     ctx.clone().tasks.spawn(async move {
-        match forge.claims(&job).await {
-            Ok(claims) if claims.is_empty() => {}
+        let claims = forge.claims(&job).await;
+        let written = match &claims {
+            Ok(claims) if claims.is_empty() => Ok(()),
             Ok(claims) => {
-                let annotation = [(ANNOTATION_JOB_CLAIMS, serde_json::to_string(&claims).unwrap_or_default())];
-                if let Err(error) = ctx.io.annotate_pod(&pool.namespace, &pod, &uid, &annotation).await {
-                    tracing::warn!(%pool, pod, error = error.message(), "a pod could not be marked with its job's claims");
-                }
+                let annotation = [(ANNOTATION_JOB_CLAIMS, serde_json::to_string(claims).unwrap_or_default())];
+                ctx.io.annotate_pod(&pool.namespace, &pod, &uid, &annotation).await.map_err(|error| error.message())
             }
-            Err(error) => tracing::warn!(%pool, pod, %error, "what the token of a pod's job has to say is not known"),
+            Err(error) => Err(error.to_string()),
+        };
+        if let Err(error) = written {
+            tracing::warn!(%pool, pod, error, "a pod is not marked with what the token of its job has to say");
+            handle.state().claimed.remove(&pod);
         }
-        handle.state().claiming.remove(&pod);
     });
 }
 

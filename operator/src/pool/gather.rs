@@ -415,10 +415,13 @@ fn pods(ctx: &Context, pool: &Pool, handle: &PoolHandle, refusals: &BTreeMap<Job
         }
         if matches!(&role, Role::Busy { refused: None, .. }) && pod.annotations().contains_key(ANNOTATION_JOB) {
             observed.accepted.push(name.clone());
-            let job = state.registered.get(&name).and_then(|runner| state.running.get(&runner.job.as_ref()?.0));
-            if let Some(job) = job.filter(|_| wanted && !pod.annotations().contains_key(ANNOTATION_JOB_CLAIMS)) {
-                observed.unclaimed.push((name.clone(), pod.uid().unwrap_or_default(), job.clone()));
-            }
+        }
+        if let Role::Busy { job, refused: None, .. } = &role
+            && let Some(job) = state.running.get(job)
+            && wanted
+            && !pod.annotations().contains_key(ANNOTATION_JOB_CLAIMS)
+        {
+            observed.unclaimed.push((name.clone(), pod.uid().unwrap_or_default(), job.clone()));
         }
         let registered = state.registered.get(&name).map(|runner| runner.since);
         let unproved = state.unproved(&name, registered, now);
@@ -451,6 +454,7 @@ fn pods(ctx: &Context, pool: &Pool, handle: &PoolHandle, refusals: &BTreeMap<Job
     });
     let (spawned, proofs) = (&state.spawned, &mut state.proofs);
     proofs.retain(|name, _| exists(name) || spawned.contains_key(name));
+    state.claimed.retain(|name| exists(name));
     let running = &state.running;
     state.registered.retain(|name, runner| {
         if !exists(name) && !runner.done {

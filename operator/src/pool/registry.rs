@@ -169,8 +169,8 @@ pub(crate) struct PoolState {
     pub(crate) probing: bool,
     /// Policies as last applied: a digest of all, and each one's resource version.
     pub(crate) policies: Option<(String, BTreeMap<String, String>)>,
-    /// Pods whose jobs' claims are being asked for.
-    pub(crate) claiming: BTreeSet<String>,
+    /// Pods that are marked with what the tokens of their jobs have to say, or are about to be.
+    pub(crate) claimed: BTreeSet<String>,
     /// Jobs that the pool does not serve and that an event told of.
     pub(crate) told: BTreeSet<String>,
     /// When the status was last written.
