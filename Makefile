@@ -19,6 +19,9 @@ demo: up-and-build ## A real workflow in a one-job pod, from nothing: cluster, f
 	@$(BIN)/demo
 
 test: also := $(also),minio
+ifeq ($(FORGE),github)
+demo: also := $(also),minio
+endif
 test: up-and-build ## Every test; JUnit results in target/junit, the last line is "N passed, N failed"
 	@hack/test.sh $(BIN)
 

@@ -5,11 +5,14 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use kube::Api;
+use kube::api::{Patch, PatchParams};
 use mayfly_cluster::builder::part_folder;
 use mayfly_cluster::command::{random_hex, run, write_file};
 use mayfly_cluster::process::check_running;
 use mayfly_cluster::{World as Place, pki};
-use serde_json::json;
+use mayfly_crds::CredentialBinding;
+use serde_json::{Value, json};
 use tokio::sync::Mutex;
 
 use crate::wait::eventually;
@@ -44,6 +47,60 @@ pub struct Store {
     pub bucket: String,
     /// The authority that signed its certificate, and the issuer's: PEM.
     pub authority: String,
+}
+
+impl Store {
+    /// Name of the binding that [`bind`](Self::bind) applies.
+    pub const BINDING: &str = "store";
+
+    /// Lets jobs of the organization's repository become the store's role, if their pool is the one of this name; `change` may change the
+    /// binding before it is applied.
+    ///
+    /// # Errors
+    /// With the API server's answer.
+    pub async fn bind(
+        &self,
+        world: &World,
+        organization: &github::Organization,
+        (namespace, pool): (&str, &str),
+        change: impl FnOnce(&mut Value),
+    ) -> Result<()> {
+        let mut binding = json!({
+            "apiVersion": "mayfly.dev/v1alpha1", "kind": "CredentialBinding",
+            "metadata": {"name": Self::BINDING, "namespace": namespace},
+            "spec": {
+                "pools": [pool], "lifetimeSeconds": 900,
+                "token": {"issuer": github::issuer(&world.access)?, "audience": self.audience},
+                "subject": {"claims": {
+                    "repository_id": {"exact": organization.repository_id.to_string()},
+                    "event_name": {"exact": "push"},
+                }},
+                "provider": {"aws": {"roleArn": self.role_arn, "region": "us-east-1", "endpoint": self.endpoint}},
+            },
+        });
+        change(&mut binding);
+        let bindings: Api<CredentialBinding> = Api::namespaced(world.client.clone(), namespace);
+        let params = PatchParams::apply("mayfly-e2e").force();
+        bindings.patch(Self::BINDING, &params, &Patch::Apply(&binding)).await?;
+        eventually("the binding is ready", Duration::from_secs(20), || async {
+            let told = bindings.get(Self::BINDING).await?.status.unwrap_or_default().conditions;
+            Ok(told.iter().any(|told| told.type_ == "Ready" && told.status == "True").then_some(()))
+        })
+        .await
+    }
+
+    /// What a pool says to let its jobs reach the store: `spec.isolation.egress`.
+    ///
+    /// # Errors
+    /// When an address is none.
+    pub fn egress(&self, world: &World) -> Result<Value> {
+        Ok(json!({"allow": [{"cidr": format!("{}/32", host_of(&world.access.local_url)?), "ports": [PORT]}]}))
+    }
+
+    /// Whether there is an object with this key, by what is on the store's disk: nobody else has the keys to ask.
+    pub fn holds(&self, world: &World, key: &str) -> bool {
+        world.cluster.layout().at(FOLDER).join("server/data").join(&self.bucket).join(key).exists()
+    }
 }
 
 /// One is started at a time: two cannot listen on one address.

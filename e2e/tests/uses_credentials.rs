@@ -3,49 +3,26 @@
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
-use kube::api::{ListParams, LogParams, PostParams};
+use kube::api::{ListParams, LogParams};
 use mayfly_cluster::command::run;
-use mayfly_crds::CredentialBinding;
-use mayfly_e2e::github::{self, Stage};
-use mayfly_e2e::stage::{PATIENCE, alone, turn};
+use mayfly_e2e::github::Stage;
+use mayfly_e2e::stage::{PATIENCE, POOL, alone, turn};
 use mayfly_e2e::store::{self, Store};
 use mayfly_e2e::wait::eventually;
-use mayfly_e2e::world::{SYSTEM, host_of};
+use mayfly_e2e::world::SYSTEM;
 use serde_json::{Value, json};
-
-/// Name of the binding.
-const BINDING: &str = "store";
 
 /// Lets jobs of the stage's repository become the store's role.
 async fn bind(stage: &Stage, store: &Store, change: impl FnOnce(&mut Value)) -> Result<()> {
-    let endpoint = &store.endpoint;
-    let mut binding = json!({
-        "apiVersion": "mayfly.dev/v1alpha1", "kind": "CredentialBinding", "metadata": {"name": BINDING},
-        "spec": {
-            "pools": ["ci"], "lifetimeSeconds": 900,
-            "token": {"issuer": github::issuer(&stage.world.access)?, "audience": store.audience},
-            "subject": {"claims": {
-                "repository": {"exact": format!("{}/web", stage.organization.name)},
-                "repository_id": {"exact": stage.organization.repository_id.to_string()},
-                "event_name": {"exact": "push"},
-            }},
-            "provider": {"aws": {"roleArn": store.role_arn, "region": "us-east-1", "endpoint": endpoint}},
-        },
-    });
-    change(&mut binding);
-    let bindings: Api<CredentialBinding> = Api::namespaced(stage.world.client.clone(), &stage.namespace);
-    let binding: CredentialBinding = serde_json::from_value(binding)?;
-    bindings.create(&PostParams::default(), &binding).await?;
-    Ok(())
+    store.bind(&stage.world, &stage.organization, (&stage.namespace, POOL), change).await
 }
 
 /// A stage whose pool may reach the store.
 async fn set(name: &str) -> Result<(Stage, Store)> {
     let stage = Stage::set(name).await?;
     let store = store::start(&stage.world).await?;
-    let port: u16 = store.endpoint.rsplit(':').next().unwrap_or_default().parse()?;
-    let allow = json!({"cidr": format!("{}/32", host_of(&stage.world.access.local_url)?), "ports": [port]});
-    stage.pool(|pool| pool["spec"]["isolation"] = json!({"egress": {"allow": [allow]}})).await?;
+    let egress = store.egress(&stage.world)?;
+    stage.pool(|pool| pool["spec"]["isolation"] = json!({"egress": egress})).await?;
     Ok((stage, store))
 }
 
@@ -77,8 +54,8 @@ import boto3, botocore, os
 assert not [name for name in os.environ if name.startswith('AWS_') and ('KEY' in name or name == 'AWS_SESSION_TOKEN')], 'a key in the environment'
 verify = os.path.expanduser('~/authority.pem')
 s3 = boto3.client('s3', endpoint_url='{endpoint}', verify=verify)
-s3.put_object(Bucket='{bucket}', Key='{key}', Body=b'written by a job')
-print('read:', s3.get_object(Bucket='{bucket}', Key='{key}')['Body'].read().decode())
+s3.put_object(Bucket='{bucket}', Key=os.environ['GITHUB_REPOSITORY'].split('/')[0], Body=b'written by a job')
+print('read:', s3.get_object(Bucket='{bucket}', Key=os.environ['GITHUB_REPOSITORY'].split('/')[0])['Body'].read().decode())
 try:
     s3.list_objects_v2(Bucket='another')
     print('another bucket is open')
@@ -89,7 +66,6 @@ print('found by:', found.method)
 print('the secret is', found.get_frozen_credentials().secret_key)
 END
 "#,
-        key = "from-a-job"
     )
 }
 
@@ -105,6 +81,7 @@ async fn a_job_without_a_secret_writes_an_object_with_a_credential_of_its_own() 
     let records = records(&stage).await?;
     let granted: Vec<&Value> = records.iter().filter(|record| record["action"] == "credential.granted").collect();
     let [record] = granted.as_slice() else { anyhow::bail!("one exchange serves the whole job: {records:?}") };
+    ensure!(store.holds(&stage.world, &stage.namespace), "the object is there");
     ensure!(record["payload"]["token"]["job"]["repository"] == json!(format!("{}/web", stage.organization.name)), "{record}");
     ensure!(record["payload"]["grant"]["per_job"] == json!(true), "{record}");
     stage.strike().await
@@ -144,7 +121,7 @@ async fn a_token_is_worth_nothing_outside_of_its_pod() -> Result<()> {
         Ok(said.filter_map(|(_, text)| text.strip_prefix("loot: ")).map(str::to_owned).next())
     })
     .await?;
-    let audience = &store.audience;
+    let (audience, binding) = (&store.audience, Store::BINDING);
     let steal = format!(
         r#"cd /run/mayfly
 echo {loot} | base64 -d >~/loot
@@ -162,7 +139,7 @@ context = ssl._create_unverified_context()
 kind = 'urn:ietf:params:oauth:token-type:jwt'
 for actor in (value, 'nobody'):
     form = urllib.parse.urlencode({{'grant_type': 'urn:ietf:params:oauth:grant-type:token-exchange', 'subject_token': value,
-        'subject_token_type': kind, 'actor_token': actor, 'actor_token_type': kind, 'resource': '{BINDING}'}}).encode()
+        'subject_token_type': kind, 'actor_token': actor, 'actor_token_type': kind, 'resource': '{binding}'}}).encode()
     try:
         urllib.request.urlopen('https://mayfly-broker.{SYSTEM}.svc:8443/v1/token', form, context=context)
         print('the broker gave something')
@@ -174,7 +151,7 @@ END
     let thief = stage.push("thief.yml", &steal).await?;
     let log = stage.succeeds(thief).await?;
     ensure!(
-        log.contains(&format!("gate: say Mayfly: CredentialBinding {BINDING} gives nothing: the broker answers 400 invalid_target")),
+        log.contains(&format!("gate: say Mayfly: CredentialBinding {binding} gives nothing: the broker answers 400 invalid_target")),
         "{log}"
     );
     ensure!(log.contains("the forge gives a token of 3 parts"), "the attack is none:\n{log}");

@@ -17,16 +17,22 @@ use mayfly_cluster::{Cluster, Options, Progress, Provider, World as Place};
 use mayfly_crds::RunnerPool;
 use mayfly_crds::names::{ANNOTATION_JOB, LABEL_POOL};
 use mayfly_e2e::forge::Organization;
+use mayfly_e2e::store::{self, Store};
 use mayfly_e2e::wait::eventually;
 use mayfly_e2e::{World, github, install, pool};
 use mayfly_github_simulator::control::JobView;
+use serde_json::json;
 
 const ORGANIZATION: &str = "demo";
 const REPOSITORY: &str = "hello";
 const NAMESPACE: &str = "mayfly-demo";
 const POOL: &str = "demo";
+/// What the job writes into the store, where it may.
+const OBJECT: &str = "hello.txt";
 const METADATA: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(169, 254, 169, 254)), 80);
 const WORKFLOW: &str = include_str!("../../demo/hello.yml");
+/// What is appended to it where the forge gives its jobs tokens.
+const STORE_STEP: &str = include_str!("../../demo/store.yml");
 
 /// Shows Mayfly at work on a cluster and a forge on this machine.
 #[derive(Parser)]
@@ -113,6 +119,12 @@ async fn demo(forge: ForgeName) -> Result<()> {
     say(&said);
     say("-----------------------------------------------------------------------------");
     check_log(&said)?;
+    if let Stand::Github { store, .. } = &stand {
+        ensure_contains(&said, "its credential was found by: container-role")?;
+        ensure_contains(&said, "cloud keys in the environment: none")?;
+        ensure!(store.holds(&world, OBJECT), "the object is not in the store");
+        say(&format!("an object was written: s3://{}/{OBJECT}, by a job that holds no secret", store.bucket));
+    }
     look_around(&world, &stand);
 
     let pods = pool::pods(&world, NAMESPACE, POOL).await?.len();
@@ -127,7 +139,7 @@ async fn demo(forge: ForgeName) -> Result<()> {
 /// The forge of the story, with its organization and the pool that serves it.
 enum Stand {
     Gitea { forge: mayfly_cluster::Forge, served: Box<RunnerPool> },
-    Github { organization: github::Organization, served: Box<RunnerPool> },
+    Github { organization: github::Organization, served: Box<RunnerPool>, store: Store },
 }
 
 /// A job as the story tells of it.
@@ -154,8 +166,12 @@ impl Stand {
     async fn github(world: &World) -> Result<Self> {
         let organization = github::Organization::create(world, ORGANIZATION, REPOSITORY).await?;
         organization.secret(world, NAMESPACE).await?;
-        let served = Box::new(apply(world, &organization.manifest(NAMESPACE, POOL, |_| {})).await?);
-        Ok(Self::Github { organization, served })
+        let store = store::start(world).await?;
+        let egress = store.egress(world)?;
+        let manifest = organization.manifest(NAMESPACE, POOL, |pool| pool["spec"]["isolation"] = json!({"egress": egress}));
+        let served = Box::new(apply(world, &manifest).await?);
+        store.bind(world, &organization, (NAMESPACE, POOL), |_| {}).await?;
+        Ok(Self::Github { organization, served, store })
     }
 
     async fn push(&self) -> Result<String> {
@@ -166,9 +182,11 @@ impl Stand {
                 forge.put_file(ORGANIZATION, REPOSITORY, "main", ".gitea/workflows/hello.yml", content.as_bytes(), "Say hello")?;
                 Ok("pushed .gitea/workflows/hello.yml to demo/hello".to_owned())
             }
-            Self::Github { organization, .. } => {
+            Self::Github { organization, store, .. } => {
                 let repository = format!("{ORGANIZATION}/{REPOSITORY}");
-                organization.simulator.workflow(&repository, "hello.yml", WORKFLOW).await?;
+                let values = [("ENDPOINT", &store.endpoint), ("BUCKET", &store.bucket), ("AUTHORITY", &store.authority)];
+                let step = values.iter().fold(STORE_STEP.to_owned(), |step, (name, value)| step.replace(name, &json!(value).to_string()));
+                organization.simulator.workflow(&repository, "hello.yml", &format!("{WORKFLOW}{step}")).await?;
                 organization.simulator.dispatch(&repository, &mayfly_github_simulator::model::Event::default()).await?;
                 Ok("pushed .github/workflows/hello.yml to demo/hello".to_owned())
             }
@@ -201,14 +219,14 @@ impl Stand {
     async fn nothing_left(&self, world: &World) -> Result<()> {
         match self {
             Self::Gitea { served, .. } => pool::nothing_left(world, ORGANIZATION, served).await,
-            Self::Github { organization, served } => organization.nothing_left(world, served).await,
+            Self::Github { organization, served, .. } => organization.nothing_left(world, served).await,
         }
     }
 
     async fn registrations(&self, world: &World) -> Result<usize> {
         Ok(match self {
             Self::Gitea { served, .. } => pool::registrations(&world.forge, ORGANIZATION, served)?.len(),
-            Self::Github { organization, served } => organization.registrations(served).await?.len(),
+            Self::Github { organization, served, .. } => organization.registrations(served).await?.len(),
         })
     }
 }
