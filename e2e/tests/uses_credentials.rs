@@ -161,6 +161,8 @@ END
     let records = records(&stage).await?;
     let alarms = records.iter().filter(|record| record["payload"]["denial"]["alarm"] == json!(true)).count();
     ensure!(alarms == 1, "{records:?}");
+    let told = eventually("the owner is told", PATIENCE, || async { Ok(stage.events("TokenMisused").await?.pop()) }).await?;
+    ensure!(told.contains("the token is another job's") && told.contains("correlation id"), "{told}");
     stage.organization.simulator.cancel(victim).await?;
     stage.strike().await
 }

@@ -12,7 +12,7 @@ const MARKS: [&str; 5] = ["refuse(\"", "Reason::new(\"", "reason: \"", "Refusal 
 fn every_reason_is_in_the_documentation() -> io::Result<()> {
     let operator = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut reasons = BTreeSet::new();
-    for folder in ["pool", "runner"] {
+    for folder in ["pool", "runner", "runtime"] {
         collect(&operator.join("src").join(folder), &mut reasons)?;
     }
     assert!(reasons.len() > 20, "the sources are not read rightly: {reasons:?}");

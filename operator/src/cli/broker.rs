@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
 
-use crate::credentials::IssuerConfig;
+use crate::credentials::{Controller, IssuerConfig};
 use crate::forge::Secret;
 
 /// Every option can be given by its environment variable as well.
@@ -36,6 +36,15 @@ pub(crate) struct BrokerArgs {
     /// File that audit records are appended to. Without it they go to standard output; the log goes to standard error.
     #[arg(long, env = "MAYFLY_AUDIT_FILE")]
     audit_file: Option<PathBuf>,
+    /// Base URL of the controller's gate API, which is told of refusals, and makes events of them.
+    #[arg(long, env = "MAYFLY_CONTROLLER_URL", requires_all = ["controller_ca_file", "controller_token_file"])]
+    controller_url: Option<String>,
+    /// PEM file of the authority of its certificate.
+    #[arg(long, env = "MAYFLY_CONTROLLER_CA_FILE", requires = "controller_url")]
+    controller_ca_file: Option<PathBuf>,
+    /// File with this process's token for it (audience gate.mayfly.dev).
+    #[arg(long, env = "MAYFLY_CONTROLLER_TOKEN_FILE", requires = "controller_url")]
+    controller_token_file: Option<PathBuf>,
     /// This is the only process that gives out credentials. Without it, tokens of forges that give no per-job claim are refused: that they
     /// are spent once is known to one process only.
     #[arg(long, env = "MAYFLY_ONLY_REPLICA")]
@@ -57,6 +66,7 @@ pub(crate) struct BrokerSettings {
     pub(crate) key: Secret,
     pub(crate) provider_ca: Option<Vec<u8>>,
     pub(crate) audit_file: Option<PathBuf>,
+    pub(crate) controller: Option<Controller>,
     pub(crate) only_replica: bool,
     pub(crate) remembered_tokens: usize,
 }
@@ -77,6 +87,13 @@ impl BrokerArgs {
             let authorities = authorities.map(|path| bytes("certificateAuthorityFile", path)).transpose()?;
             Ok((issuer, authorities))
         });
+        let controller = match (self.controller_url, &self.controller_ca_file, self.controller_token_file) {
+            (Some(url), Some(authority), Some(token_file)) => {
+                let url = url.trim_end_matches('/').to_owned();
+                Some(Controller { url, authority: bytes("--controller-ca-file", authority)?, token_file })
+            }
+            _ => None,
+        };
         Ok(BrokerSettings {
             instance: self.instance,
             issuers: issuers.collect::<Result<_>>()?,
@@ -86,6 +103,7 @@ impl BrokerArgs {
             key: Secret::new(text("--tls-key-file", &self.tls_key_file)?),
             provider_ca: self.provider_ca_file.as_ref().map(|path| bytes("--provider-ca-file", path)).transpose()?,
             audit_file: self.audit_file,
+            controller,
             only_replica: self.only_replica,
             remembered_tokens: self.remembered_tokens as usize,
         })

@@ -115,6 +115,9 @@ pub(crate) struct ControllerArgs {
     /// Secret that keeps the broker's certificate.
     #[arg(long, env = "MAYFLY_BROKER_SECRET", default_value = "mayfly-broker-tls")]
     broker_secret: String,
+    /// ServiceAccount of the broker, in the operator's namespace: it alone may tell of refusals.
+    #[arg(long, env = "MAYFLY_BROKER_ACCOUNT", default_value = "mayfly-broker")]
+    broker_account: String,
     /// Port of the broker, of its Service as well as of its pods.
     #[arg(long, env = "MAYFLY_BROKER_PORT", default_value_t = 8443)]
     broker_port: u16,
@@ -183,6 +186,8 @@ pub(crate) struct Settings {
     pub(crate) broker: Option<(String, String)>,
     pub(crate) forge_ca: Option<Vec<u8>>,
     pub(crate) forge_proxy: Option<String>,
+    /// User name of the broker's account; `None` where there is no broker.
+    pub(crate) broker_account: Option<String>,
     /// Issuers that the broker trusts; `None` where there is no broker.
     pub(crate) issuers: Option<Vec<String>>,
     pub(crate) poll_interval: Duration,
@@ -215,6 +220,8 @@ impl ControllerArgs {
             Some(path) => Some(read_issuers(path)?.into_iter().map(|issuer| issuer.issuer).collect()),
             None => None,
         };
+        let account = || format!("system:serviceaccount:{}:{}", self.namespace, self.broker_account);
+        let broker_account = self.broker_service.as_ref().map(|_| account());
         let broker_host = self.broker_service.as_ref().map(|service| format!("{service}.{}.svc", self.namespace));
         let pods_forge_ca = match (&broker_host, &forge_ca) {
             (Some(_), Some(authorities)) => Some(small_text(authorities).context("--forge-ca-file, which runner pods are given")?),
@@ -261,6 +268,7 @@ impl ControllerArgs {
             broker: broker_host.map(|host| (host, self.broker_secret)),
             forge_ca,
             forge_proxy: self.forge_proxy,
+            broker_account,
             issuers,
             poll_interval: Duration::from_secs(self.poll_seconds),
             sentinel_service,

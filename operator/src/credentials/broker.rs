@@ -25,6 +25,7 @@ use super::decide::{Check, Denial, Grant, PodFacts, Presenter, Public, Question,
 use super::issuers::{Issuers, VerifyError};
 use super::providers::{Credential, Order, ProviderError, Providers, session_name};
 use super::replay::{Replay, SpentKey};
+use super::report::Reports;
 use super::token::Claims;
 use super::wire::{MAX_BODY, TokenRequest, denied, granted, offered};
 use crate::audit::{Action, Audit, Event, Request};
@@ -66,6 +67,7 @@ pub(crate) struct Broker {
     answers: moka::sync::Cache<(SpentKey, i64), Arc<OnceCell<Credential>>>,
     started: i64,
     alone: bool,
+    reports: Option<Reports>,
 }
 
 /// What the broker is made of.
@@ -80,6 +82,8 @@ pub(crate) struct Parts {
     pub(crate) remembered: usize,
     /// No other process gives out credentials.
     pub(crate) alone: bool,
+    /// Where refusals are left for the controller; `None` where nobody tells them.
+    pub(crate) reports: Option<Reports>,
 }
 
 impl Broker {
@@ -96,6 +100,7 @@ impl Broker {
             answers: moka::sync::Cache::builder().max_capacity(ANSWERS).time_to_live(ANSWER_LIFE).build(),
             started: Timestamp::now().as_second(),
             alone: parts.alone,
+            reports: parts.reports,
         }
     }
 }
@@ -299,7 +304,11 @@ impl Broker {
             false => tracing::info!(request = id, pod, binding, ?check, reason, "no credential"),
         }
         // Callers that nobody knows are counted and logged, not recorded: anybody who reaches the port could fill the trail.
-        if trail.presenter.is_none() || denial.check == Check::Audit {
+        let Some(presenter) = &trail.presenter else { return };
+        if let Some(reports) = &self.reports {
+            reports.leave(presenter, &trail.binding, denial, request);
+        }
+        if denial.check == Check::Audit {
             return;
         }
         let event = self.event(Action::CredentialDenied, trail, request, None, Some(denial));

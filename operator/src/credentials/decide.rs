@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use mayfly_crds::{Claim, CredentialBinding};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::matchers::{may_fit, mismatch};
 use super::replay::{Replay, Spent};
@@ -18,7 +18,7 @@ const PER_JOB: &str = "check_run_id";
 const MAX_JOB_CLAIMS: usize = 16 << 10;
 
 /// The checks, in their order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Check {
     /// The request itself is sound.

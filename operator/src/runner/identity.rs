@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use k8s_openapi::api::authentication::v1::TokenReview;
+use k8s_openapi::api::authentication::v1::{TokenReview, UserInfo};
 use mayfly_crds::names::RUNNER_SERVICE_ACCOUNT;
 use sha2::{Digest, Sha256};
 use tokio::sync::Semaphore;
@@ -61,6 +61,20 @@ impl Identities {
         self.identify_token(token.ok_or(IdentityError::Refused("a bearer token is required"))?).await
     }
 
+    /// Whether this `Authorization` header is this account's, by its whole user name.
+    pub(crate) async fn is_account(&self, authorization: Option<&str>, account: &str) -> Result<(), IdentityError> {
+        let token = authorization.and_then(|header| header.strip_prefix("Bearer "));
+        let token = token.filter(|token| !token.is_empty() && token.len() <= MAX_TOKEN);
+        let token = token.ok_or(IdentityError::Refused("a bearer token is required"))?;
+        let permit = self.reviews.acquire().await;
+        let review = self.io.review_token(token, self.audience).await?;
+        drop(permit);
+        match user_of(&review, self.audience).map_err(IdentityError::Refused)?.username.as_deref() == Some(account) {
+            true => Ok(()),
+            false => Err(IdentityError::Refused("the token is somebody else's")),
+        }
+    }
+
     /// The pod that this token speaks for.
     pub(crate) async fn identify_token(&self, token: &str) -> Result<PodIdentity, IdentityError> {
         if token.is_empty() || token.len() > MAX_TOKEN {
@@ -79,8 +93,8 @@ impl Identities {
     }
 }
 
-/// The pod a review speaks of; every doubt is a refusal.
-fn pod_of(review: &TokenReview, wanted: &str) -> Result<PodIdentity, &'static str> {
+/// Whose token it is; every doubt is a refusal.
+fn user_of<'a>(review: &'a TokenReview, wanted: &str) -> Result<&'a UserInfo, &'static str> {
     let status = review.status.as_ref().ok_or("the API server did not judge the token")?;
     if status.authenticated != Some(true) || status.error.as_ref().is_some_and(|error| !error.is_empty()) {
         return Err("the token is not valid");
@@ -88,7 +102,12 @@ fn pod_of(review: &TokenReview, wanted: &str) -> Result<PodIdentity, &'static st
     if !status.audiences.iter().flatten().any(|audience| audience == wanted) {
         return Err("the token is meant for somebody else");
     }
-    let user = status.user.as_ref().ok_or("the token names nobody")?;
+    status.user.as_ref().ok_or("the token names nobody")
+}
+
+/// The pod a review speaks of; every doubt is a refusal.
+fn pod_of(review: &TokenReview, wanted: &str) -> Result<PodIdentity, &'static str> {
+    let user = user_of(review, wanted)?;
     let account = user.username.as_deref().and_then(|name| name.strip_prefix("system:serviceaccount:"));
     let namespace = match account.and_then(|account| account.split_once(':')) {
         Some((namespace, RUNNER_SERVICE_ACCOUNT)) => namespace,
@@ -123,6 +142,31 @@ mod tests {
     fn a_runner_pods_token_names_its_pod() {
         let pod = PodIdentity { namespace: "team".to_owned(), name: "p".to_owned(), uid: "u".to_owned() };
         assert_eq!(review(|_| {}), Ok(pod));
+    }
+
+    #[tokio::test]
+    async fn an_account_is_known_by_its_whole_name() {
+        use crate::kube_io::scripted::{Answer, Server};
+        use crate::runtime::metrics::Metrics;
+
+        let review = |user: &str, audience: &str| {
+            let status = json!({"authenticated": true, "audiences": [audience], "user": {"username": user}});
+            Answer::Object(json!({"spec": {}, "status": status}))
+        };
+        let broker = "system:serviceaccount:mayfly-system:mayfly-broker";
+        let answers = vec![
+            review(broker, GATE_AUDIENCE),
+            review(broker, BROKER_AUDIENCE),
+            review("system:serviceaccount:team:mayfly-broker", GATE_AUDIENCE),
+            review("system:serviceaccount:mayfly-system:mayfly-broker2", GATE_AUDIENCE),
+        ];
+        let identities = Identities::new(KubeIo::new(Server::new(answers).client(), None, Metrics::new()), GATE_AUDIENCE);
+        assert!(identities.is_account(None, broker).await.is_err() && identities.is_account(Some("Bearer "), broker).await.is_err());
+        let mut known = Vec::new();
+        for _ in 0..4 {
+            known.push(identities.is_account(Some("Bearer token"), broker).await.is_ok());
+        }
+        assert_eq!(known, [true, false, false, false]);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use super::watches::{strip, strip_pod, watch};
 use super::{GRACE, connect, first_end, health, metrics, serve_plain, serve_tls};
 use crate::audit::{Audit, FileSink, StdoutSink};
 use crate::cli::BrokerSettings;
-use crate::credentials::{self, Broker, Guarded, Http, Issuer, Issuers, Known, Parts, Providers, Rhythm, no_server_at};
+use crate::credentials::{self, Broker, Guarded, Http, Issuer, Issuers, Known, Parts, Providers, Reports, Rhythm, no_server_at};
 use crate::kube_io::KubeIo;
 use crate::pool::Deaf;
 use crate::runner::identity::Identities;
@@ -59,6 +59,14 @@ pub(crate) async fn run_broker(settings: BrokerSettings) -> Result<()> {
             |_, _| {},
         ),
     };
+    let reports = settings.controller.map(|controller| {
+        let ((reports, left), until) = (Reports::new(), stop.clone());
+        parts.spawn(async move {
+            credentials::deliver(controller, left, until).await.context("--controller-ca-file")?;
+            Ok("refusals")
+        });
+        reports
+    });
     let broker = Arc::new(Broker::new(Parts {
         known: known.clone(),
         identities: Identities::new(KubeIo::new(client, settings.instance.clone(), metrics.clone()), BROKER_AUDIENCE),
@@ -68,6 +76,7 @@ pub(crate) async fn run_broker(settings: BrokerSettings) -> Result<()> {
         metrics,
         remembered: settings.remembered_tokens,
         alone: settings.only_replica,
+        reports,
     }));
     let tls = GateTls { authority: String::new(), certificate: settings.certificate, key: settings.key };
     serve_tls(&mut parts, "broker", settings.broker_address, credentials::router(broker), tls, &stop).await?;

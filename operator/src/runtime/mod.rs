@@ -5,6 +5,7 @@ mod broker;
 mod dialects;
 pub(crate) mod health;
 pub(crate) mod metrics;
+mod refusals;
 mod watches;
 
 use std::net::SocketAddr;
@@ -89,7 +90,11 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
         tasks: TaskTracker::new(),
         settings,
     });
-    serve_tls(&mut parts, "gate", ctx.settings.gate_address, handoff::router(ctx.clone()), gate_tls, &stop).await?;
+    let mut gates = handoff::router(ctx.clone());
+    if let Some(account) = ctx.settings.broker_account.clone() {
+        gates = gates.merge(refusals::router(ctx.clone(), account));
+    }
+    serve_tls(&mut parts, "gate", ctx.settings.gate_address, gates, gate_tls, &stop).await?;
     if let Some(configuration) = ctx.settings.break_glass_webhook.clone() {
         // Nobody but the API server trusts it, and is told anew at every start.
         let (tls, _) = tls::generate(std::slice::from_ref(&ctx.settings.admission_name))?;

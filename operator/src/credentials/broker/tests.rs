@@ -15,6 +15,7 @@ use tower::ServiceExt as _;
 
 use super::super::http::Http;
 use super::super::issuers::{Issuer, IssuerConfig, Rhythm};
+use super::super::report::Refusal;
 use super::super::providers::stand_in::{Sts, granted as sts_grants};
 use super::*;
 use crate::audit::tests::Memory;
@@ -31,6 +32,7 @@ struct Stage {
     pods: reflector::store::Writer<Pod>,
     bindings: reflector::store::Writer<Guarded<CredentialBinding>>,
     broker: Arc<Broker>,
+    left: tokio::sync::mpsc::Receiver<Refusal>,
 }
 
 fn now() -> i64 {
@@ -106,6 +108,7 @@ impl Stage {
         let (pools, _) = filled(vec![serde_json::from_value::<Guarded<RunnerPool>>(pool).expect("a pool")]);
         let (binding_store, bindings) = filled(vec![binding(&issuer, &sts.url)]);
         let (audit, metrics) = (Memory::default(), Metrics::new());
+        let (reports, left) = Reports::new();
         let io = KubeIo::new(Server::new(reviews).client(), None, metrics.clone());
         let broker = Broker::new(Parts {
             known: Known { pods: pod_store, pools, bindings: binding_store },
@@ -116,8 +119,9 @@ impl Stage {
             metrics,
             remembered: 100,
             alone: false,
+            reports: Some(reports),
         });
-        Self { _server: server, simulator, issuer, sts, audit, pods, bindings, broker: Arc::new(broker) }
+        Self { _server: server, simulator, issuer, sts, audit, pods, bindings, broker: Arc::new(broker), left }
     }
 
     /// A token of the first pod's job, changed.
@@ -327,6 +331,7 @@ async fn a_pod_that_ends_while_the_cloud_takes_its_time_gets_nothing() {
 #[tokio::test]
 async fn callers_learn_a_word_and_a_number_and_no_more() {
     let stage = Stage::set(both()).await;
+    let mut stage = stage;
     let cases = [
         (stage.token(|claims| claims["aud"] = json!("other.example")).await, "invalid_target"),
         (stage.token(|claims| claims["ref"] = json!("refs/heads/x")).await, "invalid_target"),
@@ -344,6 +349,9 @@ async fn callers_learn_a_word_and_a_number_and_no_more() {
         assert_eq!(record["request"]["id"], answer["correlation_id"], "the owner finds it");
         assert!(record["payload"]["denial"]["reason"].as_str().is_some_and(|reason| !reason.is_empty()));
         assert!(!record.to_string().contains(&token), "no record holds a token");
+        let told = stage.left.try_recv().expect("the controller is told");
+        assert_eq!((json!(told.correlation_id), json!(told.reason)), (answer["correlation_id"].clone(), record["payload"]["denial"]["reason"].clone()));
+        assert_eq!((told.namespace.as_str(), told.pod.as_str(), told.binding.as_str()), ("ci", "linux-1", "deploy"));
     }
     assert_eq!(stage.sts.calls(), 0);
 }
