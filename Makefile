@@ -18,7 +18,7 @@ help: ## Show what can be made
 demo: up-and-build ## A real workflow in a one-job pod, from nothing: cluster, forge, operator, push, job, nothing left
 	@$(BIN)/demo
 
-test: also := $(also),minio
+test bench: also := $(also),minio
 ifeq ($(FORGE),github)
 demo: also := $(also),minio
 endif

@@ -288,6 +288,21 @@ pub(super) mod tests {
         assert!(lines.contains("say Mayfly: CredentialBinding deploy gives nothing: "), "{lines}");
     }
 
+    #[tokio::test]
+    async fn what_cannot_be_renewed_is_given_as_long_as_it_is_good() {
+        // Nobody answers this desk's questions.
+        let desk = desk(&[("deploy", aws(), SESSION)]);
+        let keep = |left: u64| {
+            let until = Instant::now() + Duration::from_secs(left);
+            let kept = Kept { value: SESSION.to_owned(), from: until - Duration::from_secs(3600), until };
+            *desk.drawers["deploy"].kept.lock().expect("a drawer") = Some(kept);
+        };
+        for (left, given) in [(3000, true), (600, true), (70, true), (50, false)] {
+            keep(left);
+            assert_eq!(desk.aws("deploy").await.is_ok(), given, "{left} s");
+        }
+    }
+
     #[test]
     fn a_credential_is_renewed_in_time() {
         let from = Instant::now();

@@ -101,7 +101,10 @@ impl Counter {
 }
 
 #[cfg(test)]
-mod tests {
+mod tests;
+
+#[cfg(test)]
+mod hook {
     use std::process::{Command, Output, Stdio};
     use std::thread::JoinHandle;
     use std::{fs, thread};

@@ -5,9 +5,9 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
-use mayfly_e2e::github::Organization;
+use mayfly_e2e::github::{Organization, Stage};
 use mayfly_e2e::stage::POOL;
-use mayfly_e2e::{World, pool};
+use mayfly_e2e::{World, pool, store};
 use mayfly_github_simulator::control::Enqueue;
 use serde_json::{Value, json};
 
@@ -38,6 +38,34 @@ pub(crate) async fn bursts(quick: bool, figures: &mut Figures) -> Result<()> {
         organization.nothing_left(&world, &served).await?;
     }
     pool::delete(&world, NAMESPACE, POOL).await
+}
+
+/// Measures what a credential adds to a job: from the moment its job is accepted until its first session of a real STS is there, and writes.
+pub(crate) async fn credentials(quick: bool, figures: &mut Figures) -> Result<()> {
+    let stage = Stage::set("bench").await?;
+    let store = store::start(&stage.world).await?;
+    let egress = store.egress(&stage.world)?;
+    stage.pool(|pool| pool["spec"]["isolation"] = json!({"egress": egress})).await?;
+    store.bind(&stage.world, &stage.organization, (&stage.namespace, POOL), |_| {}).await?;
+    let job = || json!({"permissions": {"id-token": "write"}, "steps": [{"run": "true"}]});
+    // The first one has the broker and the store look up the issuer.
+    stage.succeeds(stage.push_job("ci.yml", job()).await?).await?;
+    let audited = Audited::from_now(&stage.world.cluster)?;
+    let jobs = if quick { 5 } else { 20 };
+    let mut waited = Vec::new();
+    for _ in 0..jobs {
+        let log = stage.succeeds(stage.push_job("ci.yml", job()).await?).await?;
+        let at = |what: &str| -> Result<f64> {
+            let mut lines = log.lines().filter_map(|line| line.split_once(' '));
+            let (time, _) = lines.find(|(_, text)| text.starts_with(what)).with_context(|| format!("no {what:?} in the log:\n{log}"))?;
+            Ok(time.parse::<k8s_openapi::jiff::Timestamp>()?.as_millisecond() as f64 / 1000.0)
+        };
+        waited.push(at("Mayfly: AWS SDKs find")? - at("Mayfly accepted")?);
+    }
+    figures.spread("credential_accepted_to_session", waited);
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    figures.add("credential_kube_writes_per_job", per_job(&audited.calls()?, "write", jobs), "1/job");
+    stage.strike().await
 }
 
 async fn measure(world: &World, organization: &Organization, times: &Times, burst: usize, figures: &mut Figures) -> Result<()> {

@@ -71,6 +71,7 @@ async fn bench(arguments: &Arguments) -> Result<()> {
     let mut figures = Figures::default();
     if arguments.forge != Some(ForgeName::Gitea) {
         github::bursts(arguments.quick, &mut figures).await?;
+        github::credentials(arguments.quick, &mut figures).await?;
     }
     if arguments.forge != Some(ForgeName::Github) {
         gitea(arguments.quick, &mut figures).await?;

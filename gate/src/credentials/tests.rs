@@ -1,0 +1,188 @@
+//! The whole way: the hook that users have, a forge and a broker that answer as told, and a client on loopback.
+
+use std::fs;
+use std::net::{SocketAddr, TcpListener};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use axum::extract::{RawForm, RawQuery, State};
+use axum::http::{HeaderMap, StatusCode};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use axum_server::tls_rustls::RustlsConfig;
+use serde_json::{Value, json};
+
+use super::desk::tests::SESSION;
+use super::*;
+
+/// What forge and broker were asked, and what they answer.
+#[derive(Default)]
+struct Seen {
+    exchanges: AtomicU64,
+    /// The broker says no.
+    refuses: AtomicBool,
+    /// The broker does not know the job yet, so many times.
+    waits: AtomicU64,
+    asked: Mutex<Vec<String>>,
+}
+
+impl Seen {
+    fn note(&self, what: String) {
+        self.asked.lock().expect("no panic").push(what);
+    }
+}
+
+type Shared = State<Arc<Seen>>;
+
+fn header(headers: &HeaderMap) -> String {
+    headers.get("authorization").and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned()
+}
+
+async fn forge(State(seen): Shared, headers: HeaderMap, RawQuery(query): RawQuery) -> Json<Value> {
+    seen.note(format!("forge {} {}", query.unwrap_or_default(), header(&headers)));
+    Json(json!({"count": 1, "value": "a.b.c"}))
+}
+
+async fn bindings(State(seen): Shared, headers: HeaderMap) -> (StatusCode, Json<Value>) {
+    if seen.waits.load(Ordering::SeqCst) > 0 {
+        seen.waits.fetch_sub(1, Ordering::SeqCst);
+        return (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"error": "temporarily_unavailable", "correlation_id": "x"})));
+    }
+    seen.note(format!("bindings {}", header(&headers)));
+    let provider = json!({"aws": {"region": "eu-central-1"}});
+    (StatusCode::OK, Json(json!({"bindings": [{"name": "deploy", "audience": "deploy.example/x", "provider": provider}]})))
+}
+
+async fn token(State(seen): Shared, RawForm(form): RawForm) -> (StatusCode, Json<Value>) {
+    let number = seen.exchanges.fetch_add(1, Ordering::SeqCst);
+    seen.note(format!("token {}", String::from_utf8_lossy(&form)));
+    if seen.refuses.load(Ordering::SeqCst) {
+        return (StatusCode::BAD_REQUEST, Json(json!({"error": "invalid_target", "correlation_id": "0-1"})));
+    }
+    let session = SESSION.replace("AKIA", &format!("AKIA{number}"));
+    (StatusCode::OK, Json(json!({"access_token": session, "issued_token_type": "urn:x", "token_type": "N_A", "expires_in": 3600})))
+}
+
+/// Forge and broker, as long as the runtime lives.
+struct World {
+    runtime: tokio::runtime::Runtime,
+    seen: Arc<Seen>,
+    forge: SocketAddr,
+    settings: Settings,
+    folder: PathBuf,
+}
+
+impl World {
+    fn new(name: &str) -> Self {
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        let folder = std::env::temp_dir().join(format!("mayfly-gate-way-{name}-{}", std::process::id()));
+        fs::create_dir_all(&folder).expect("a folder");
+        fs::write(folder.join("broker-token"), "token-of-the-pod\n").expect("a file");
+        fs::write(folder.join("github-env"), "").expect("a file");
+        let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+        let seen = Arc::new(Seen::default());
+        let certified = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).expect("a certificate");
+        let (forge, broker) = runtime.block_on(async {
+            let open = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+            let forge = open.local_addr().expect("an address");
+            let router = Router::new().route("/token", get(self::forge)).with_state(seen.clone());
+            tokio::spawn(async { axum::serve(open, router).await });
+            let closed = TcpListener::bind("127.0.0.1:0").expect("a port");
+            closed.set_nonblocking(true).expect("a socket");
+            let broker = closed.local_addr().expect("an address");
+            let pem = (certified.cert.pem().into_bytes(), certified.signing_key.serialize_pem().into_bytes());
+            let tls = RustlsConfig::from_pem(pem.0, pem.1).await.expect("a certificate");
+            let router = Router::new().route("/v1/bindings", get(bindings)).route("/v1/token", post(token)).with_state(seen.clone());
+            let server = axum_server::from_tcp_rustls(closed, tls).expect("a server");
+            tokio::spawn(server.serve(router.into_make_service()));
+            (forge, broker)
+        });
+        let settings = Settings {
+            broker_url: format!("https://localhost:{}", broker.port()),
+            broker_ca: certified.cert.pem(),
+            broker_token_file: folder.join("broker-token"),
+            forge_ca: None,
+        };
+        Self { runtime, seen, forge, settings, folder }
+    }
+
+    /// Runs the hook of a job against a gate; returns what the hook said and set. The gate goes on serving.
+    fn begin(&self) -> (String, String) {
+        let counter = Counter::open(&self.folder).expect("a pipe");
+        crate::tell(&self.folder.join("job"), b"job 7").expect("told");
+        let settings = self.settings.clone();
+        thread::spawn(move || counter.serve(&settings));
+        let mut hook = Command::new("bash");
+        hook.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../images/github-runner/mayfly-job-started"));
+        hook.env("MAYFLY_JOB", self.folder.join("job")).env("GITHUB_ENV", self.folder.join("github-env"));
+        hook.env("ACTIONS_ID_TOKEN_REQUEST_URL", format!("http://{}/token?v=1", self.forge));
+        hook.env("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "hunter1").env_remove("AWS_REGION");
+        let output = hook.stdout(Stdio::piped()).output().expect("bash");
+        assert!(output.status.success());
+        (String::from_utf8(output.stdout).expect("text"), fs::read_to_string(self.folder.join("github-env")).expect("the file"))
+    }
+
+    fn asked(&self) -> Vec<String> {
+        self.seen.asked.lock().expect("no panic").clone()
+    }
+
+    fn end(self) {
+        self.runtime.shutdown_background();
+        fs::remove_dir_all(&self.folder).expect("removed");
+    }
+}
+
+/// What the hook set, by name.
+fn variable<'a>(set: &'a str, name: &str) -> &'a str {
+    set.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('=')).unwrap_or_default()
+}
+
+fn session(set: &str) -> Value {
+    let url = variable(set, "AWS_CONTAINER_CREDENTIALS_FULL_URI");
+    let shown = fs::read_to_string(variable(set, "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")).expect("the local token");
+    assert_eq!(shown, variable(set, "AWS_CONTAINER_AUTHORIZATION_TOKEN"), "to the letter, without a line feed");
+    let body = ureq::get(url).header("Authorization", shown).call().expect("an answer").body_mut().read_to_string().expect("a body");
+    serde_json::from_str(&body).expect("JSON")
+}
+
+#[test]
+fn a_job_gets_one_session_however_often_it_asks() {
+    let world = World::new("session");
+    world.seen.waits.store(2, Ordering::SeqCst);
+    let (said, set) = world.begin();
+    assert!(said.contains("::add-mask::hunter2\n::add-mask::hunter3\n"), "{said}");
+    assert!(said.ends_with("Mayfly: AWS SDKs find the credentials of CredentialBinding deploy\n"), "{said}");
+    assert_eq!(variable(&set, "AWS_REGION"), "eu-central-1");
+    assert!(!set.contains("hunter"), "no cloud key is set: {set}");
+    let all: Vec<Value> = thread::scope(|scope| {
+        let asking: Vec<_> = (0..50).map(|_| scope.spawn(|| session(&set))).collect();
+        asking.into_iter().map(|asking| asking.join().expect("no panic")).collect()
+    });
+    assert!(all.iter().all(|one| one["AccessKeyId"] == "AKIA0" && one["Token"] == "hunter3"), "{all:?}");
+    assert_eq!(world.seen.exchanges.load(Ordering::SeqCst), 1);
+    let asked = world.asked();
+    assert_eq!(asked[0], "bindings Bearer token-of-the-pod");
+    assert_eq!(asked[1], "forge v=1&audience=deploy.example%2Fx Bearer hunter1");
+    for part in ["subject_token=a.b.c", "actor_token=token-of-the-pod", "resource=deploy", "grant_type=urn%3Aietf%3Aparams%3Aoauth"] {
+        assert!(asked[2].contains(part), "{part} is not in {}", asked[2]);
+    }
+    world.end();
+}
+
+#[test]
+fn a_job_that_is_refused_is_told_and_finds_nothing() {
+    let world = World::new("refused");
+    world.seen.refuses.store(true, Ordering::SeqCst);
+    let (said, set) = world.begin();
+    let why = "Mayfly: CredentialBinding deploy gives nothing: the broker answers 400 invalid_target (correlation id 0-1)\n";
+    assert!(said.ends_with(why), "{said}");
+    assert!(!set.contains("AWS_"), "{set}");
+    let shown = fs::read_to_string(variable(&set, "MAYFLY_CREDENTIALS_TOKEN_FILE")).expect("the local token");
+    let url = format!("{}/v1/aws/deploy", variable(&set, "MAYFLY_CREDENTIALS_URL"));
+    let answer = ureq::get(url).config().http_status_as_error(false).build().header("Authorization", shown).call().expect("an answer");
+    assert_eq!(answer.status().as_u16(), 403);
+    world.end();
+}
