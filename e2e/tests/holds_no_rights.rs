@@ -35,6 +35,9 @@ const NEVER: [(&str, &str); 12] = [
     ("clusterrolebindings", ""),
 ];
 
+/// Role and account of the broker.
+const BROKER: &str = "mayfly-broker";
+
 /// The token of the runners' account is in no pod; whoever makes one can do nothing with it.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_runners_account_may_do_nothing() -> Result<()> {
@@ -108,9 +111,9 @@ async fn no_role_of_the_chart_is_wider_than_it_must_be() -> Result<()> {
         if kind == "ClusterRoleBinding" || kind == "RoleBinding" {
             // Whoever else is bound has what the operator has.
             let subjects = object["subjects"].as_array().context("subjects")?;
-            let own = |subject: &Value| {
-                subject["kind"] == "ServiceAccount" && subject["name"] == "mayfly-controller" && subject["namespace"] == SYSTEM
-            };
+            let account = if object["roleRef"]["name"] == BROKER { BROKER } else { "mayfly-controller" };
+            let own =
+                |subject: &Value| subject["kind"] == "ServiceAccount" && subject["name"] == account && subject["namespace"] == SYSTEM;
             ensure!(subjects.len() == 1 && own(&subjects[0]), "{name} binds {subjects:?}");
         }
         if kind != "ClusterRole" && kind != "Role" {
@@ -125,6 +128,10 @@ async fn no_role_of_the_chart_is_wider_than_it_must_be() -> Result<()> {
             }
             ensure!(kind == "Role" || !resources.contains("secrets"), "{name} reaches the Secrets of every namespace: {rule}");
             ensure!(!resources.iter().any(|resource| resource.starts_with("nodes/")), "{name}: {rule}");
+            // The broker looks, and has tokens judged.
+            let looks = verbs.iter().all(|verb| verb == "list" || verb == "watch") && !resources.contains("secrets");
+            let judged = resources.len() == 1 && resources.contains("tokenreviews");
+            ensure!(name != BROKER || looks || judged, "{name}: {rule}");
         }
     }
     ensure!(roles >= 4, "{roles} roles are in the chart");
