@@ -9,6 +9,7 @@
 //! As `mayfly-gate sentinel` it is what proofs are held against: something that answers wherever no policy stands in the way.
 
 mod credentials;
+mod http;
 mod operator;
 mod pipe;
 mod prove;

@@ -2,13 +2,14 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use mayfly_proof::{Challenge, Report};
 use ureq::Agent;
-use ureq::tls::{Certificate, RootCerts, TlsConfig, TlsProvider};
+use ureq::tls::Certificate;
+
+use crate::http::agent;
 
 /// Longer than the operator keeps a question open.
 const CALL_TIMEOUT: Duration = Duration::from_secs(70);
@@ -53,22 +54,7 @@ impl Client {
     /// `authority` (PEM) is the only one trusted.
     pub(crate) fn new(url: &str, authority: &str, token_file: &Path) -> Result<Self, String> {
         let authority = Certificate::from_pem(authority.as_bytes()).map_err(|error| format!("the operator's authority: {error}"))?;
-        let tls = TlsConfig::builder()
-            .provider(TlsProvider::Rustls)
-            .root_certs(RootCerts::Specific(Arc::new(vec![authority])))
-            .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
-            .build();
-        let agent = Agent::config_builder()
-            .tls_config(tls)
-            .https_only(true)
-            .proxy(None)
-            .max_redirects(0)
-            .timeout_connect(Some(Duration::from_secs(3)))
-            .timeout_global(Some(CALL_TIMEOUT))
-            .http_status_as_error(false)
-            .build()
-            .new_agent();
-        Ok(Self { agent, url: url.trim_end_matches('/').to_owned(), token_file: token_file.to_owned() })
+        Ok(Self { agent: agent(vec![authority], CALL_TIMEOUT, true), url: url.trim_end_matches('/').to_owned(), token_file: token_file.to_owned() })
     }
 
     /// What is to be proved.

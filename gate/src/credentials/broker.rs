@@ -2,13 +2,14 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Deserialize;
 use ureq::Agent;
 use ureq::http::Response;
-use ureq::tls::{Certificate, RootCerts, TlsConfig, TlsProvider};
+use ureq::tls::Certificate;
+
+use crate::http::agent;
 
 /// Deadline of one call: longer than the broker takes with a slow cloud.
 const CALL: Duration = Duration::from_secs(30);
@@ -109,25 +110,6 @@ impl Broker {
         let token = fs::read_to_string(&self.token_file);
         token.map(|token| token.trim().to_owned()).map_err(|error| Trouble::Passing(format!("the pod's token cannot be read: {error}")))
     }
-}
-
-/// A client that trusts these authorities, follows nothing and asks no proxy.
-pub(super) fn agent(authorities: Vec<Certificate<'static>>, call: Duration, https_only: bool) -> Agent {
-    let tls = TlsConfig::builder()
-        .provider(TlsProvider::Rustls)
-        .root_certs(RootCerts::Specific(Arc::new(authorities)))
-        .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
-        .build();
-    Agent::config_builder()
-        .tls_config(tls)
-        .https_only(https_only)
-        .proxy(None)
-        .max_redirects(0)
-        .timeout_connect(Some(Duration::from_secs(3)))
-        .timeout_global(Some(call))
-        .http_status_as_error(false)
-        .build()
-        .new_agent()
 }
 
 fn read<T: for<'a> Deserialize<'a>>(answer: Result<Response<ureq::Body>, ureq::Error>) -> Result<T, Trouble> {

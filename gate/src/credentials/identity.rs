@@ -9,7 +9,7 @@ use serde::Deserialize;
 use ureq::Agent;
 use ureq::tls::{Certificate, PemItem, parse_pem};
 
-use super::broker::agent;
+use crate::http::agent;
 
 /// Deadline of one call.
 const CALL: Duration = Duration::from_secs(10);
