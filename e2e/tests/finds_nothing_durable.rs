@@ -32,9 +32,10 @@ use When::{Always, Sometimes};
 
 /// What a job may find: the kind, the place, when, and why. docs/security.md has the same list.
 #[rustfmt::skip]
-const EXPECTED: [(&str, &str, When, &str); 25] = [
+const EXPECTED: [(&str, &str, When, &str); 26] = [
     ("addresses that the gate tries", "connections of the pod", Always, "the gate shares the pod's network namespace, whose table of connections everybody in it can read"),
     ("private key", "file /usr/lib/x86_64-linux-gnu/libgnutls.so", Always, "the self-test key that GnuTLS publishes in its sources"),
+    ("socket or pipe", "file /run/mayfly/identity", Sometimes, "the gate makes it when the job is accepted; it can be written and not read"),
     ("the address of the API server", "environment of a step", Always, "the kubelet sets KUBERNETES_... in every container"),
     ("the address of the API server", "environment of the runner", Always, "the same"),
     ("the address of the API server", "memory of a step", Always, "an environment is in the memory of its process"),
