@@ -112,8 +112,7 @@ async fn no_role_of_the_chart_is_wider_than_it_must_be() -> Result<()> {
             // Whoever else is bound has what the operator has.
             let subjects = object["subjects"].as_array().context("subjects")?;
             let account = if object["roleRef"]["name"] == BROKER { BROKER } else { "mayfly-controller" };
-            let own =
-                |subject: &Value| subject["kind"] == "ServiceAccount" && subject["name"] == account && subject["namespace"] == SYSTEM;
+            let own = |subject: &Value| subject["kind"] == "ServiceAccount" && subject["name"] == account && subject["namespace"] == SYSTEM;
             ensure!(subjects.len() == 1 && own(&subjects[0]), "{name} binds {subjects:?}");
         }
         if kind != "ClusterRole" && kind != "Role" {

@@ -54,7 +54,11 @@ impl Client {
     /// `authority` (PEM) is the only one trusted.
     pub(crate) fn new(url: &str, authority: &str, token_file: &Path) -> Result<Self, String> {
         let authority = Certificate::from_pem(authority.as_bytes()).map_err(|error| format!("the operator's authority: {error}"))?;
-        Ok(Self { agent: agent(vec![authority], CALL_TIMEOUT, true), url: url.trim_end_matches('/').to_owned(), token_file: token_file.to_owned() })
+        Ok(Self {
+            agent: agent(vec![authority], CALL_TIMEOUT, true),
+            url: url.trim_end_matches('/').to_owned(),
+            token_file: token_file.to_owned(),
+        })
     }
 
     /// What is to be proved.

@@ -139,7 +139,7 @@ async fn demo(forge: ForgeName) -> Result<()> {
 /// The forge of the story, with its organization and the pool that serves it.
 enum Stand {
     Gitea { forge: mayfly_cluster::Forge, served: Box<RunnerPool> },
-    Github { organization: github::Organization, served: Box<RunnerPool>, store: Store },
+    Github { organization: Box<github::Organization>, served: Box<RunnerPool>, store: Box<Store> },
 }
 
 /// A job as the story tells of it.
@@ -171,7 +171,7 @@ impl Stand {
         let manifest = organization.manifest(NAMESPACE, POOL, |pool| pool["spec"]["isolation"] = json!({"egress": egress}));
         let served = Box::new(apply(world, &manifest).await?);
         store.bind(world, &organization, (NAMESPACE, POOL), |_| {}).await?;
-        Ok(Self::Github { organization, served, store })
+        Ok(Self::Github { organization: Box::new(organization), served, store: Box::new(store) })
     }
 
     async fn push(&self) -> Result<String> {

@@ -15,8 +15,8 @@ use tower::ServiceExt as _;
 
 use super::super::http::Http;
 use super::super::issuers::{Issuer, IssuerConfig, Rhythm};
-use super::super::report::Refusal;
 use super::super::providers::stand_in::{Sts, granted as sts_grants};
+use super::super::report::Refusal;
 use super::*;
 use crate::audit::tests::Memory;
 use crate::kube_io::KubeIo;
@@ -350,7 +350,10 @@ async fn callers_learn_a_word_and_a_number_and_no_more() {
         assert!(record["payload"]["denial"]["reason"].as_str().is_some_and(|reason| !reason.is_empty()));
         assert!(!record.to_string().contains(&token), "no record holds a token");
         let told = stage.left.try_recv().expect("the controller is told");
-        assert_eq!((json!(told.correlation_id), json!(told.reason)), (answer["correlation_id"].clone(), record["payload"]["denial"]["reason"].clone()));
+        assert_eq!(
+            (json!(told.correlation_id), json!(told.reason)),
+            (answer["correlation_id"].clone(), record["payload"]["denial"]["reason"].clone())
+        );
         assert_eq!((told.namespace.as_str(), told.pod.as_str(), told.binding.as_str()), ("ci", "linux-1", "deploy"));
     }
     assert_eq!(stage.sts.calls(), 0);
