@@ -79,3 +79,36 @@ fn about(ctx: &Context, refusal: &Refusal) -> Option<ObjectReference> {
     let pool = pool.0.as_ref().ok()?;
     Some(RunnerPool::object_ref(pool, &()))
 }
+
+#[cfg(test)]
+mod tests {
+    use mayfly_crds::names::BROKER_AUDIENCE;
+    use serde_json::json;
+
+    use super::*;
+    use crate::kube_io::KubeIo;
+    use crate::kube_io::scripted::{Answer, Server};
+    use crate::runtime::metrics::Metrics;
+
+    #[tokio::test]
+    async fn an_account_is_known_by_its_whole_name() {
+        let review = |user: &str, audience: &str| {
+            let status = json!({"authenticated": true, "audiences": [audience], "user": {"username": user}});
+            Answer::Object(json!({"spec": {}, "status": status}))
+        };
+        let broker = "system:serviceaccount:mayfly-system:mayfly-broker";
+        let answers = vec![
+            review(broker, GATE_AUDIENCE),
+            review(broker, BROKER_AUDIENCE),
+            review("system:serviceaccount:team:mayfly-broker", GATE_AUDIENCE),
+            review("system:serviceaccount:mayfly-system:mayfly-broker2", GATE_AUDIENCE),
+        ];
+        let identities = Identities::new(KubeIo::new(Server::new(answers).client(), None, Metrics::new()), GATE_AUDIENCE);
+        assert!(identities.is_account(None, broker).await.is_err() && identities.is_account(Some("Bearer "), broker).await.is_err());
+        let mut known = Vec::new();
+        for _ in 0..4 {
+            known.push(identities.is_account(Some("Bearer token"), broker).await.is_ok());
+        }
+        assert_eq!(known, [true, false, false, false]);
+    }
+}
