@@ -8,7 +8,7 @@ use k8s_openapi::ByteString;
 use k8s_openapi::api::core::v1::{Namespace, Pod, Secret};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, ValidationDirective};
-use kube::{Api, ResourceExt};
+use kube::{Api, Resource, ResourceExt};
 use mayfly_cluster::Forge;
 use mayfly_cluster::forge::{Runner, Scope};
 use mayfly_crds::RunnerPool;
@@ -114,16 +114,16 @@ pub async fn apply(world: &World, pool: &Value) -> Result<RunnerPool> {
     Ok(pools(world, namespace).patch(name, &params(), &Patch::Apply(pool)).await?)
 }
 
-/// Has the API server check a RunnerPool without storing it: a refusal is the inner error, in its words.
+/// Has the API server check an object without storing it: a refusal is the inner error, in its words.
 ///
 /// # Errors
 /// When the API server cannot be asked.
-pub async fn validate(world: &World, pool: &Value) -> Result<Result<(), String>> {
-    let (namespace, name) = (pool["metadata"]["namespace"].as_str(), pool["metadata"]["name"].as_str());
+pub async fn validate<K: Resource<DynamicType = ()>>(world: &World, object: &Value) -> Result<Result<(), String>> {
+    let (namespace, name) = (object["metadata"]["namespace"].as_str(), object["metadata"]["name"].as_str());
     let (namespace, name) = (namespace.context("a namespace")?, name.context("a name")?);
     let strict = PatchParams { field_validation: Some(ValidationDirective::Strict), dry_run: true, ..params() };
-    let api: Api<DynamicObject> = Api::namespaced_with(world.client.clone(), namespace, &ApiResource::erase::<RunnerPool>(&()));
-    match api.patch(name, &strict, &Patch::Apply(pool)).await {
+    let api: Api<DynamicObject> = Api::namespaced_with(world.client.clone(), namespace, &ApiResource::erase::<K>(&()));
+    match api.patch(name, &strict, &Patch::Apply(object)).await {
         Ok(_) => Ok(Ok(())),
         Err(kube::Error::Api(status)) => Ok(Err(status.message)),
         Err(error) => Err(error.into()),

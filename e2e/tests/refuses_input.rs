@@ -11,8 +11,8 @@ use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
 use kube::{CustomResourceExt, ResourceExt};
-use mayfly_crds::RunnerPool;
 use mayfly_crds::names::{ANNOTATION_FORGE, ANNOTATION_POOL_NAMESPACES};
+use mayfly_crds::{CredentialBinding, RunnerPool};
 use mayfly_e2e::install::webhook_url;
 use mayfly_e2e::pool;
 use mayfly_e2e::stage::{self, PATIENCE, POOL, Stage, said, workflow};
@@ -140,13 +140,154 @@ async fn the_api_server_tells_good_pools_from_bad_ones() -> Result<()> {
     let organization = Organization { name: "acme".to_owned(), robot: String::new(), token: String::new(), webhook_secret: String::new() };
     for (what, change, says) in cases() {
         let manifest = pool::manifest(&world, "default", POOL, &organization, change);
-        let result = pool::validate(&world, &manifest).await?;
+        let result = pool::validate::<RunnerPool>(&world, &manifest).await?;
         match (says, result) {
             ("", Ok(())) => {}
             ("", Err(why)) => anyhow::bail!("{what}: refused: {why}"),
             (says, Ok(())) => anyhow::bail!("{what}: taken, and {says:?} was expected"),
             (says, Err(why)) => ensure!(why.contains(says), "{what}: {why}"),
         }
+    }
+    Ok(())
+}
+
+/// The same of bindings. What must never be is refused by the broker's own rules as well, in case that the API server's were off.
+fn binding_cases() -> Vec<(bool, Case)> {
+    fn claims(binding: &mut Value) -> &mut Value {
+        &mut binding["spec"]["subject"]["claims"]
+    }
+    fn aws(binding: &mut Value) -> &mut Value {
+        &mut binding["spec"]["provider"]["aws"]
+    }
+    let by_both: Vec<Case> = vec![
+        ("no pool", |b| b["spec"]["pools"] = json!([]), "spec.pools"),
+        ("no claims", |b| *claims(b) = json!({}), "spec.subject.claims"),
+        ("no repository", |b| *claims(b) = json!({"ref": {"exact": "refs/heads/main"}}), "no repository"),
+        ("an owner alone", |b| *claims(b) = json!({"repository_owner_id": {"exact": "7"}}), "no repository"),
+        ("a repository by its name alone", |b| *claims(b) = json!({"repository": {"exact": "acme/web"}}), "names can be taken over"),
+        (
+            "a repository and an owner's name",
+            |b| *claims(b) = json!({"repository": {"exact": "acme/web"}, "repository_owner": {"exact": "acme"}}),
+            "names can be taken over",
+        ),
+        ("a claim that nobody knows", |b| claims(b)["sub"] = json!({"exact": "repo:acme/web:ref:refs/heads/main"}), "does not know"),
+        ("every value", |b| claims(b)["ref"] = json!({"exact": "*"}), "spec.subject.claims"),
+        ("a wildcard in a value", |b| claims(b)["ref"] = json!({"exact": "refs/heads/release-*"}), "spec.subject.claims"),
+        ("a wildcard in a list", |b| claims(b)["ref"] = json!({"oneOf": ["refs/heads/main", "refs/heads/?"]}), "spec.subject.claims"),
+        ("a newline in a value", |b| claims(b)["ref"] = json!({"exact": "refs/heads/main\n"}), "spec.subject.claims"),
+        ("an empty value", |b| claims(b)["ref"] = json!({"exact": ""}), "spec.subject.claims"),
+        ("an empty list", |b| claims(b)["ref"] = json!({"oneOf": []}), "spec.subject.claims"),
+        ("a matcher that says nothing", |b| claims(b)["ref"] = json!({}), "exactly one of exact, oneOf and prefixSegments"),
+        (
+            "a matcher that says two things",
+            |b| claims(b)["ref"] = json!({"exact": "a", "oneOf": ["a"]}),
+            "exactly one of exact, oneOf and prefixSegments",
+        ),
+        ("an id that is a name", |b| claims(b)["repository_id"] = json!({"exact": "web"}), "are numbers"),
+        ("an id among names", |b| claims(b)["actor_id"] = json!({"oneOf": ["7", "octocat"]}), "are numbers"),
+        ("every branch", |b| claims(b)["ref"] = json!({"prefixSegments": "refs/heads"}), "every branch"),
+        ("every ref", |b| claims(b)["ref"] = json!({"prefixSegments": "refs"}), "every branch"),
+        ("a prefix of what is no path", |b| claims(b)["environment"] = json!({"prefixSegments": "prod"}), "claims that are paths"),
+        ("a prefix with an empty segment", |b| claims(b)["repository"] = json!({"prefixSegments": "acme/"}), "spec.subject.claims"),
+        ("an environment without an event", |b| claims(b)["environment"] = json!({"exact": "production"}), "name event_name as well"),
+        ("pull_request_target", |b| claims(b)["event_name"] = json!({"exact": "pull_request_target"}), "whoever opened the pull request"),
+        (
+            "pull_request_target among others",
+            |b| claims(b)["event_name"] = json!({"oneOf": ["push", "pull_request_target"]}),
+            "whoever opened the pull request",
+        ),
+        (
+            "an audience of GitHub's own",
+            |b| b["spec"]["token"]["audience"] = json!("https://github.com/acme"),
+            "a whole organization shares",
+        ),
+        ("an audience at GHE.com", |b| b["spec"]["token"]["audience"] = json!("https://acme.ghe.com/acme"), "a whole organization shares"),
+        (
+            "an audience at the issuer",
+            |b| b["spec"]["token"]["audience"] = json!("https://issuer.example/acme"),
+            "a whole organization shares",
+        ),
+        ("no audience", |b| b["spec"]["token"]["audience"] = json!(""), "spec.token.audience"),
+        ("production by any branch", |b| b["spec"]["production"] = json!(true), "a binding for production"),
+        (
+            "production by an unprotected ref",
+            |b| {
+                b["spec"]["production"] = json!(true);
+                claims(b)["ref_protected"] = json!({"exact": "false"})
+            },
+            "a binding for production",
+        ),
+        ("two providers", |b| b["spec"]["provider"]["audienceToken"] = json!({}), "exactly one provider"),
+        ("no provider", |b| b["spec"]["provider"] = json!({}), "exactly one provider"),
+        ("a life of a minute", |b| b["spec"]["lifetimeSeconds"] = json!(60), "spec.lifetimeSeconds"),
+        ("a life of a day", |b| b["spec"]["lifetimeSeconds"] = json!(86_400), "spec.lifetimeSeconds"),
+    ];
+    let by_one: Vec<Case> = vec![
+        ("nothing changed", |_| {}, ""),
+        (
+            "a prefix below an owner",
+            |b| *claims(b) = json!({"repository": {"prefixSegments": "acme"}, "repository_owner_id": {"exact": "7"}}),
+            "",
+        ),
+        (
+            "production by a protected ref",
+            |b| {
+                b["spec"]["production"] = json!(true);
+                claims(b)["ref_protected"] = json!({"exact": "true"})
+            },
+            "",
+        ),
+        (
+            "production by an environment",
+            |b| {
+                b["spec"]["production"] = json!(true);
+                claims(b)["environment"] = json!({"exact": "production"});
+                claims(b)["event_name"] = json!({"exact": "push"})
+            },
+            "",
+        ),
+        ("the token itself", |b| b["spec"]["provider"] = json!({"audienceToken": {}}), ""),
+        ("an STS of one's own", |b| aws(b)["endpoint"] = json!("https://sts.example:9000"), ""),
+        ("an STS in plain text", |b| aws(b)["endpoint"] = json!("http://sts.example"), "spec.provider.aws.endpoint"),
+        ("an STS with a path", |b| aws(b)["endpoint"] = json!("https://sts.example/x?y"), "spec.provider.aws.endpoint"),
+        ("a role that is none", |b| aws(b)["roleArn"] = json!("arn:aws:iam::123456789012:user/x"), "spec.provider.aws.roleArn"),
+        ("a region that is a host", |b| aws(b)["region"] = json!("evil.example/"), "spec.provider.aws.region"),
+        ("a session longer than the binding's life", |b| aws(b)["durationSeconds"] = json!(7200), "durationSeconds cannot be more"),
+        ("an issuer with a query", |b| b["spec"]["token"]["issuer"] = json!("https://issuer.example/?x"), "spec.token.issuer"),
+        ("an issuer with a password", |b| b["spec"]["token"]["issuer"] = json!("https://u:p@issuer.example"), "spec.token.issuer"),
+        ("a pool that is a path", |b| b["spec"]["pools"] = json!(["../other"]), "spec.pools"),
+        ("a field that does not exist", |b| b["spec"]["policy"] = json!("*"), "policy"),
+    ];
+    by_both.into_iter().map(|case| (true, case)).chain(by_one.into_iter().map(|case| (false, case))).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_api_server_tells_good_bindings_from_bad_ones() -> Result<()> {
+    let _turn = stage::turn().await;
+    let world = World::connect().await?;
+    for (never, (what, change, says)) in binding_cases() {
+        let mut binding = json!({
+            "apiVersion": "mayfly.dev/v1alpha1", "kind": "CredentialBinding", "metadata": {"name": "deploy", "namespace": "default"},
+            "spec": {
+                "pools": ["linux"], "token": {"issuer": "https://issuer.example", "audience": "deploy.example"},
+                "subject": {"claims": {"repository_id": {"exact": "42"}}},
+                "provider": {"aws": {"roleArn": "arn:aws:iam::123456789012:role/deploy", "region": "eu-central-1"}},
+            },
+        });
+        change(&mut binding);
+        match (says, pool::validate::<CredentialBinding>(&world, &binding).await?) {
+            ("", Ok(())) => {}
+            ("", Err(why)) => anyhow::bail!("{what}: refused: {why}"),
+            (says, Ok(())) => anyhow::bail!("{what}: taken, and {says:?} was expected"),
+            (says, Err(why)) => ensure!(why.contains(says), "{what}: {why}"),
+        }
+        let read: CredentialBinding = serde_json::from_value(binding).with_context(|| what.to_owned())?;
+        let sound = read.spec.check();
+        let agreed = match never {
+            true => sound.is_err(),
+            false => sound.is_ok() || !says.is_empty(),
+        };
+        ensure!(agreed, "{what}: the broker's rules say {sound:?}");
     }
     Ok(())
 }
