@@ -145,6 +145,13 @@ for actor in (value, 'nobody'):
         print('the broker gave something')
     except urllib.error.HTTPError as error:
         print('broker:', error.code, json.load(error)['error'])
+for actor in (value, 'nobody'):
+    headers = {{'Authorization': 'Bearer ' + actor, 'Content-Type': 'application/json'}}
+    request = urllib.request.Request('https://mayfly-gate.{SYSTEM}.svc:8443/v1/refusals', b'[]', headers)
+    try:
+        print('controller:', urllib.request.urlopen(request, context=context).status)
+    except urllib.error.HTTPError as error:
+        print('controller:', error.code)
 END
 "#
     );
@@ -158,6 +165,7 @@ END
     // Behind the time, and not in the script.
     let said = |text: &str| log.lines().filter(|line| line.split_once(' ').is_some_and(|(_, said)| said == text)).count();
     ensure!(said("broker: 401 invalid_client") == 2 && said("the broker gave something") == 0, "{log}");
+    ensure!(said("controller: 401") == 2, "nobody but the broker tells of refusals:\n{log}");
     let records = records(&stage).await?;
     let alarms = records.iter().filter(|record| record["payload"]["denial"]["alarm"] == json!(true)).count();
     ensure!(alarms == 1, "{records:?}");
