@@ -72,9 +72,10 @@ impl Counter {
     /// # Errors
     /// When nothing can be given; the hook was told so, if there was one.
     pub(crate) fn serve(self, settings: &Settings) -> Result<Infallible, String> {
-        let handed = pipe::read(&self.identity, MAX_IDENTITY)?;
+        let handed = pipe::read(&self.identity, MAX_IDENTITY);
+        // Whatever comes of it, the hook waits for a word.
         pipe::make(&self.credentials, Mode::WUSR | Mode::RGRP)?;
-        let prepared = self.prepare(settings, &handed);
+        let prepared = handed.and_then(|handed| self.prepare(settings, &handed));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| error.to_string())?;
         let tell = |lines: String| pipe::write(pipe::open(&self.credentials)?, &self.credentials, lines.as_bytes());
         match prepared {
@@ -167,13 +168,16 @@ mod hook {
 
     #[test]
     fn a_hook_that_gets_nothing_is_told_why() {
-        let hook = Hook::run("nothing", &[("ACTIONS_ID_TOKEN_REQUEST_URL", "nowhere"), IDENTITY[1]]);
-        let counter = Counter::open(&hook.folder).expect("pipes");
-        crate::tell(&hook.folder.join("job"), b"job 7").expect("told");
         let settings = Settings { broker_url: String::new(), broker_ca: String::new(), broker_token_file: PathBuf::new(), forge_ca: None };
-        let error = counter.serve(&settings).expect_err("no identity");
-        let (said, set) = hook.ended();
-        assert!(said.ends_with(&format!("Mayfly: no credentials: {error}\n")) && !said.contains("hunter2"), "{said}");
-        assert_eq!(set, "");
+        let long = "x".repeat(40_000);
+        for (name, url) in [("nowhere", "nowhere"), ("long", long.as_str())] {
+            let hook = Hook::run(name, &[("ACTIONS_ID_TOKEN_REQUEST_URL", url), IDENTITY[1]]);
+            let counter = Counter::open(&hook.folder).expect("pipes");
+            crate::tell(&hook.folder.join("job"), b"job 7").expect("told");
+            let error = counter.serve(&settings).expect_err("no identity");
+            let (said, set) = hook.ended();
+            assert!(said.ends_with(&format!("Mayfly: no credentials: {error}\n")) && !said.contains("hunter2"), "{said}");
+            assert_eq!(set, "");
+        }
     }
 }

@@ -289,8 +289,7 @@ impl Forge for GitHub {
     async fn claims(&self, job: &Job) -> Result<BTreeMap<String, String>, ForgeError> {
         let (service, repository) = (&self.shared.service, &job.key.repository);
         let missing = |what: &str| ForgeError::NotFound { what: format!("{what} of {}", job.key) };
-        let run = service.run(repository, job.run).await?;
-        let jobs = service.run_jobs(repository, job.run).await?;
+        let (run, jobs) = futures::try_join!(service.run(repository, job.run), service.run_jobs(repository, job.run))?;
         // Neither the message nor the token has the other's name of the job: the runner that has it joins them.
         let mut with_runner = jobs.iter().filter(|listed| listed.runner_name.is_some() && listed.runner_name == job.runner);
         let (Some(listed), None) = (with_runner.next(), with_runner.next()) else { return Err(missing("the one job with the runner")) };
