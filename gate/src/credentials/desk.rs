@@ -74,7 +74,7 @@ impl AwsSession {
 }
 
 impl Desk {
-    /// Asks the broker which bindings this job may use, until it knows which job it is. Waits without an executor's thread.
+    /// Asks the broker which bindings this job may use, until it knows which job it is. Blocks.
     pub(crate) fn open(identity: Identity, broker: Broker, address: SocketAddr) -> Result<Self, String> {
         let began = Instant::now();
         let offers = loop {
@@ -132,7 +132,7 @@ impl Desk {
                     lines.push(format!("mask {}", session.secret_access_key));
                     lines.push(format!("mask {}", session.session_token));
                     lines.push(format!("set AWS_CONTAINER_CREDENTIALS_FULL_URI={base}/v1/aws/{name}"));
-                    // The same twice: SDKs from before 2023 know the variable alone, and complain of what they do not get.
+                    // The same twice: SDKs from before the end of 2023 know the variable alone, and complain of what they do not get.
                     lines.push(format!("set AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE={token_file}"));
                     lines.push(format!("set AWS_CONTAINER_AUTHORIZATION_TOKEN={}", self.token));
                     lines.push(format!("set AWS_REGION={region}"));

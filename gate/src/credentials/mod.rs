@@ -145,6 +145,15 @@ mod hook {
         [("ACTIONS_ID_TOKEN_REQUEST_URL", "https://forge.example/token?v=1"), ("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "hunter2")];
 
     #[test]
+    fn the_stand_ins_hook_is_the_one_that_users_have() {
+        let [ours, tested] = [
+            include_str!("../../../images/github-runner/mayfly-job-started"),
+            include_str!("../../../e2e/images/github-runner-stand-in/mayfly-job-started"),
+        ];
+        assert_eq!(ours, tested);
+    }
+
+    #[test]
     fn the_hook_hands_over_the_identity_and_does_as_it_is_told() {
         let hook = Hook::run("told", &[IDENTITY[0], IDENTITY[1], ("AWS_REGION", "chosen-by-the-workflow")]);
         let counter = Counter::open(&hook.folder).expect("pipes");
