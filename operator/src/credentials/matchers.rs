@@ -9,9 +9,7 @@ use super::token::Claims;
 /// The first claim that is not what the binding asks for. Events are looked at in any case: a binding that names none takes those that
 /// people with write access cause.
 pub(crate) fn mismatch(spec: &CredentialBindingSpec, claims: &Claims) -> Option<String> {
-    let event = claims.get(Claim::EventName.as_str()).unwrap_or_default();
-    let named = spec.subject.claims.contains_key(Claim::EventName.as_str());
-    if NEVER_EVENTS.contains(&event) || (!named && !DEFAULT_EVENTS.contains(&event)) {
+    if !takes_event(spec, claims.get(Claim::EventName.as_str()).unwrap_or_default()) {
         return Some(Claim::EventName.as_str().to_owned());
     }
     let wrong = |(name, matcher): &(&String, &Matcher)| !claims.get(name).is_some_and(|value| fits(matcher, value));
@@ -20,10 +18,14 @@ pub(crate) fn mismatch(spec: &CredentialBindingSpec, claims: &Claims) -> Option<
 
 /// Whether the binding may be for a job of which only these claims are known. What is not known may fit.
 pub(crate) fn may_fit(spec: &CredentialBindingSpec, known: &BTreeMap<String, String>) -> bool {
-    let event = known.get(Claim::EventName.as_str()).map(String::as_str);
+    known.get(Claim::EventName.as_str()).is_none_or(|event| takes_event(spec, event))
+        && spec.subject.claims.iter().all(|(name, matcher)| known.get(name).is_none_or(|value| fits(matcher, value)))
+}
+
+/// Whether the binding takes jobs that this event started, as far as its matcher for events is not concerned.
+fn takes_event(spec: &CredentialBindingSpec, event: &str) -> bool {
     let named = spec.subject.claims.contains_key(Claim::EventName.as_str());
-    let event_fits = event.is_none_or(|event| !NEVER_EVENTS.contains(&event) && (named || DEFAULT_EVENTS.contains(&event)));
-    event_fits && spec.subject.claims.iter().all(|(name, matcher)| known.get(name).is_none_or(|value| fits(matcher, value)))
+    !NEVER_EVENTS.contains(&event) && (named || DEFAULT_EVENTS.contains(&event))
 }
 
 /// Whether `value` is what the matcher says. One that says nothing fits nothing.

@@ -5,10 +5,12 @@ use std::fmt::Debug;
 use std::future::Future;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use k8s_openapi::ByteString;
 use k8s_openapi::api::admissionregistration::v1::ValidatingWebhookConfiguration;
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec};
 use k8s_openapi::api::core::v1::{ObjectReference, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::serde::Serialize;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::core::NamespaceResourceScope;
@@ -29,6 +31,11 @@ pub(crate) const MANAGER: &str = "mayfly-controller";
 const WEBHOOK: &str = "break-glass.mayfly.dev";
 /// Deadline of one call, retries of the client included.
 const TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A time as the API server stores it: whole seconds. With more, what is stored would differ from what was meant at every look.
+pub(crate) fn stored_time(now: Timestamp) -> Time {
+    Time(Timestamp::from_second(now.as_second()).unwrap_or(now))
+}
 
 /// The door.
 #[derive(Clone)]

@@ -29,6 +29,7 @@ use super::registry::{PoolHandle, PoolKey, Spawned};
 use super::validate::Pool;
 use crate::forge::{Forge, ForgeError, Job, Removal, RunnerKey, Secret};
 use crate::isolation::{ForgeAddress, network_policies};
+use crate::kube_io::stored_time;
 use crate::runner::{Placement, PodRequest, Reason, runner_pod};
 
 /// Pods created or deleted at the same time per pool.
@@ -252,7 +253,7 @@ async fn note_failure(ctx: &Context, pool: &Pool, handle: &PoolHandle, deletion:
             runner: deletion.name.clone(),
             reason: failure.reason.clone(),
             message: mayfly_crds::conditions::truncate(&failure.message, 1024),
-            time: super::status::time(now),
+            time: stored_time(now),
         });
     }
     tracing::warn!(pool = %pool.key, pod = deletion.name, reason = failure.reason, message = failure.message, "runner failed");

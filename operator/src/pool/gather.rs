@@ -1,5 +1,6 @@
 //! What is: the jobs of the forge, the pods of the cluster, and who has which. Reads only.
 
+use std::cell::LazyCell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -396,7 +397,7 @@ pub(super) fn gather_blind(ctx: &Context, pool: &Pool, handle: &PoolHandle) -> O
 /// What each pod is.
 fn pods(ctx: &Context, pool: &Pool, handle: &PoolHandle, refusals: &BTreeMap<JobKey, Refusal>, observed: &mut Observed) {
     let now = ctx.now();
-    let (living, wanted) = (own_pods(ctx, pool), ctx.has_bindings(&pool.key));
+    let (living, wanted) = (own_pods(ctx, pool), LazyCell::new(|| ctx.has_bindings(&pool.key)));
     let mut state = handle.state();
     let state = &mut *state;
     for pod in &living {
@@ -418,8 +419,8 @@ fn pods(ctx: &Context, pool: &Pool, handle: &PoolHandle, refusals: &BTreeMap<Job
         }
         if let Role::Busy { job, refused: None, .. } = &role
             && let Some(job) = state.running.get(job)
-            && wanted
             && !pod.annotations().contains_key(ANNOTATION_JOB_CLAIMS)
+            && *wanted
         {
             observed.unclaimed.push((name.clone(), pod.uid().unwrap_or_default(), job.clone()));
         }

@@ -15,8 +15,8 @@ use super::apply::reference_to;
 use super::controller::Context;
 use super::nodes::PoolNode;
 use super::registry::{PoolHandle, PoolState};
-use super::status;
 use crate::isolation::{Surroundings, WHOLE, challenge, forbidden};
+use crate::kube_io::stored_time;
 use crate::runner::Reason;
 
 /// How old a proof may be when a registration is made. A gate that waits proves anew whenever its question was left without an answer.
@@ -174,7 +174,7 @@ impl PoolState {
             Some(known) => NodeIsolation { starts, ..known.clone() },
             None => {
                 let (name, environment) = (node.name.clone(), node.environment.clone());
-                NodeIsolation { node: name, verdict, since: status::time(now), environment, classes, starts }
+                NodeIsolation { node: name, verdict, since: stored_time(now), environment, classes, starts }
             }
         };
         self.isolation.insert(node.name.clone(), entry.clone());
@@ -595,7 +595,7 @@ pub(super) mod tests {
             .map(|n| NodeIsolation {
                 node: format!("n{n:02}"),
                 verdict: IsolationVerdict::Proved,
-                since: status::time(now()),
+                since: stored_time(now()),
                 environment: node1().environment,
                 classes: Vec::new(),
                 starts: Starts::default(),

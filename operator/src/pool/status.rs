@@ -1,6 +1,6 @@
 //! What a pool tells: conditions, numbers, waiting jobs. Written only when it says something new.
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::SignedDuration;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use mayfly_crds::conditions::{self, Verdict, reasons};
 use mayfly_crds::{Counts, EgressHost, IsolationVerdict, NodeIsolation, RunnerPoolStatus, ScaleSetStatus, Starts, WaitingJob};
@@ -16,11 +16,6 @@ use crate::runner::Phase;
 
 /// Numbers and waiting jobs are not written more often than this.
 pub(super) const COUNTS_EVERY: SignedDuration = SignedDuration::from_secs(5);
-
-/// A time as the API server stores it: whole seconds. With more, what is stored would differ from what was meant at every look.
-pub(super) fn time(now: Timestamp) -> Time {
-    Time(Timestamp::from_second(now.as_second()).unwrap_or(now))
-}
 
 /// Whether runner pods get a user namespace of their own.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -238,14 +233,17 @@ pub(super) fn differs_at_once(a: &RunnerPoolStatus, b: &RunnerPoolStatus) -> boo
 
 #[cfg(test)]
 mod tests {
+    use jiff::Timestamp;
+
     use super::*;
+    use crate::kube_io::stored_time;
 
     #[test]
     fn host_names_without_an_engine_that_knows_them_are_told_once() {
         let opened = [EgressHost { host: "registry.example.org".to_owned(), ports: vec![443] }];
         let state = |knows_names: bool| PoolState { knows_names, policies: Some(Default::default()), ..PoolState::default() };
         let told = |state: &PoolState| {
-            let now = time(Timestamp::UNIX_EPOCH);
+            let now = stored_time(Timestamp::UNIX_EPOCH);
             let conditions = conditions::merge(&[], hosts(&opened, state).as_slice(), None, &now);
             RunnerPoolStatus { conditions, ..RunnerPoolStatus::default() }
         };

@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use anyhow::Result;
 use jiff::Timestamp;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::runtime::watcher;
 use kube::{Api, Client, ResourceExt};
@@ -17,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::watches::{strip, watch};
 use crate::credentials::{Guarded, status};
-use crate::kube_io::KubeIo;
+use crate::kube_io::{KubeIo, stored_time};
 use crate::pool::{Deaf, PoolKey, Pools};
 
 /// After a status that could not be written.
@@ -54,7 +53,7 @@ pub(super) fn start(
         let told = async {
             while let Some((namespace, name)) = changes.recv().await {
                 let Some(binding) = store.get(&ObjectRef::new(&name).within(&namespace)) else { continue };
-                let Some(new) = status(&binding, &trusted, &Time(now())) else { continue };
+                let Some(new) = status(&binding, &trusted, &stored_time(Timestamp::now())) else { continue };
                 match io.patch_status::<CredentialBinding>(&namespace, &name, &json!(new)).await {
                     Ok(()) => {}
                     // It breaks a rule of its definition, and no change of it is taken until that is mended.
@@ -73,9 +72,4 @@ pub(super) fn start(
         Ok("bindings' status")
     });
     bindings
-}
-
-/// Now, in whole seconds, as the API server stores it.
-fn now() -> Timestamp {
-    Timestamp::from_second(Timestamp::now().as_second()).unwrap_or_default()
 }

@@ -13,6 +13,7 @@ use kube::runtime::reflector::ObjectRef;
 use kube::{Resource, ResourceExt};
 use mayfly_crds::names::{GATE_AUDIENCE, LABEL_POOL};
 use mayfly_crds::{CredentialBinding, RunnerPool};
+use tower::limit::GlobalConcurrencyLimitLayer;
 
 use crate::credentials::Refusal;
 use crate::pool::Context;
@@ -20,6 +21,8 @@ use crate::runner::identity::{Identities, IdentityError};
 
 /// Longest list, in bytes.
 const MAX_BODY: usize = 256 << 10;
+/// Requests served at the same time: whoever reaches the gate API reaches this.
+const REQUESTS: usize = 16;
 /// Events that a namespace gets in a minute: a job that asks in a loop must not fill the cluster with them.
 const EVENTS: u32 = 10;
 
@@ -37,7 +40,11 @@ pub(super) fn router(ctx: Arc<Context>, broker: String) -> Router {
     let identities = Identities::new(ctx.io.clone(), GATE_AUDIENCE);
     let told = moka::sync::Cache::builder().max_capacity(10_000).time_to_live(Duration::from_secs(60)).build();
     let desk = Arc::new(Desk { ctx, identities, broker, told });
-    Router::new().route("/v1/refusals", post(refusals)).layer(DefaultBodyLimit::max(MAX_BODY)).with_state(desk)
+    Router::new()
+        .route("/v1/refusals", post(refusals))
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .layer(GlobalConcurrencyLimitLayer::new(REQUESTS))
+        .with_state(desk)
 }
 
 async fn refusals(State(desk): State<Arc<Desk>>, headers: HeaderMap, body: axum::body::Bytes) -> StatusCode {
