@@ -10,6 +10,8 @@ bin=$1 filter=${2:-}
 junit=target/junit
 rm -rf "$junit"; mkdir -p "$junit"
 passed=0 failed=0 began=$SECONDS
+# A test that hangs is a failure of its suite, with its name in the output, before whoever waits gives up.
+limit="timeout --kill-after=10 --verbose 2400"
 
 # suite NAME COMMAND..: runs libtest programs, shows their output, writes JUnit, counts.
 suite() {
@@ -56,9 +58,9 @@ if ! "$bin/cluster" env | grep -q "MAYFLY_E2E_CLUSTER='local'"; then
 fi
 
 if [ -z "$filter" ]; then
-  suite unit cargo test --release --workspace --no-fail-fast --lib --bins --test reasons --test reference --test rooms
+  suite unit $limit cargo test --release --workspace --no-fail-fast --lib --bins --test reasons --test reference --test rooms
   # The simulator of GitHub, driven by clients of other people.
-  suite simulator cargo test --release --workspace --no-fail-fast --test forge --test go_client --test rust_client --test stand_in
+  suite simulator $limit cargo test --release --workspace --no-fail-fast --test forge --test go_client --test rust_client --test stand_in
 fi
 if [ -z "$filter" ] && "$bin/cluster" build helm; then
   single generated hack/generate.sh --check "$bin/mayfly" "$("$bin/cluster" path helm)"
@@ -66,12 +68,12 @@ fi
 if [ "$plain" ]; then
   wait "$up" || cat "$junit/plain-cluster.log"
   MAYFLY_E2E_NAME=$second suite without_engine \
-    cargo test --release --workspace --test e2e -- --include-ignored ${filter:-without_engine}
+    $limit cargo test --release --workspace --test e2e -- --include-ignored ${filter:-without_engine}
   "$bin/cluster" --name "$second" down
 fi
 case $filter in without_engine*) ;; *)
   single demo "$bin/demo"
-  suite e2e cargo test --release --workspace --test e2e -- --include-ignored --test-threads=4 "${skips[@]}" $filter;;
+  suite e2e $limit cargo test --release --workspace --test e2e -- --include-ignored --test-threads=4 "${skips[@]}" $filter;;
 esac
 printf '\n%s passed, %s failed\n' "$passed" "$failed"
 [ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]

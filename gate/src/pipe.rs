@@ -1,36 +1,40 @@
 //! Named pipes: what passes through them is in no file.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::path::Path;
 
-use rustix::fs::{CWD, Mode, chmod, mkfifoat};
+use rustix::fs::{CWD, Mode, RenameFlags, chmod, mkfifoat, renameat_with};
 
-/// Makes a pipe with these permissions; the group is the pod's, which is the runner's.
+/// Makes a pipe with these permissions; the group is the pod's, which is the runner's. Whoever waits for its name can use it at once.
 ///
 /// # Errors
 /// When it exists: this container was started again, and what passes through may have passed already.
 pub(crate) fn make(path: &Path, mode: Mode) -> Result<(), String> {
-    mkfifoat(CWD, path, Mode::empty()).map_err(|error| match error {
+    let unready = path.with_extension("unready");
+    let made = mkfifoat(CWD, &unready, Mode::empty())
+        // Whatever the process's mask takes away.
+        .and_then(|()| chmod(&unready, mode))
+        .and_then(|()| renameat_with(CWD, &unready, CWD, path, RenameFlags::NOREPLACE));
+    made.map_err(|error| match error {
         rustix::io::Errno::EXIST => format!("{} exists: this container was started before", path.display()),
         other => format!("{} cannot be made: {other}", path.display()),
-    })?;
-    // Whatever the process's mask takes away.
-    chmod(path, mode).map_err(|error| format!("{} cannot be made: {error}", path.display()))
+    })
 }
 
-/// Reads what somebody writes, at most `most` bytes, once somebody does, and removes the pipe's name: it is written once.
+/// Reads what somebody writes, at most `most` bytes, once somebody does, and removes the pipe's name: it is written once. Whoever
+/// writes more can write to the end, instead of dying of it.
 ///
 /// # Errors
 /// When the pipe vanished, or more was written.
 pub(crate) fn read(path: &Path, most: u64) -> Result<Vec<u8>, String> {
     let mut text = Vec::new();
-    let pipe = File::open(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let mut pipe = File::open(path).map_err(|error| format!("{}: {error}", path.display()))?;
     fs::remove_file(path).map_err(|error| format!("{} cannot be removed: {error}", path.display()))?;
-    pipe.take(most + 1).read_to_end(&mut text).map_err(|error| format!("{}: {error}", path.display()))?;
-    match text.len() as u64 > most {
-        true => Err(format!("{}: more than {most} bytes", path.display())),
-        false => Ok(text),
+    let read = (&mut pipe).take(most).read_to_end(&mut text).and_then(|_| io::copy(&mut pipe, &mut io::sink()));
+    match read.map_err(|error| format!("{}: {error}", path.display()))? {
+        0 => Ok(text),
+        _ => Err(format!("{}: more than {most} bytes", path.display())),
     }
 }
 
@@ -68,17 +72,20 @@ mod tests {
     #[test]
     fn what_is_handed_over_is_read_once_and_not_without_end() {
         let folder = folder("read");
-        for (text, whole) in [("four", true), ("fives", false)] {
+        let long = "x".repeat(1 << 20);
+        for (text, whole) in [("four", true), ("fives", false), (&long, false)] {
+            let text = text.to_owned();
             let path = folder.join("identity");
             make(&path, Mode::RUSR | Mode::WUSR | Mode::WGRP).expect("a pipe");
             assert_eq!(fs::metadata(&path).expect("the pipe").permissions().mode() & 0o777, 0o620);
+            let expected = whole.then(|| text.clone().into_bytes());
             let writer = {
                 let path = path.clone();
                 thread::spawn(move || fs::write(path, text))
             };
             let found = read(&path, 4);
             writer.join().expect("no panic").expect("written");
-            assert_eq!(found.ok(), whole.then(|| text.as_bytes().to_vec()));
+            assert_eq!(found.ok(), expected);
             assert!(!path.exists());
         }
         fs::remove_dir_all(folder).expect("removed");
