@@ -547,12 +547,25 @@ pub struct NodeIsolation {
     /// reason for a new proof.
     #[serde(default)]
     pub environment: String,
+    /// Where it was tried what answers without a policy.
+    #[serde(default)]
+    pub control: Control,
     /// Verdict by class of address.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub classes: Vec<ClassIsolation>,
     /// What was open at the start of pods.
     #[serde(default)]
     pub starts: Starts,
+}
+
+/// What the silence of a runner pod is held against.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Control {
+    /// The operator, wherever it is.
+    #[default]
+    Operator,
+    /// A sentinel on the pod's own node, and the operator.
+    Node,
 }
 
 /// How runner pods fared from their first instruction on, before anything was asked of them. Counted by one process of the operator.

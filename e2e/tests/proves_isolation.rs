@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::apps::v1::DaemonSet;
-use k8s_openapi::api::core::v1::{Node, Service};
+use k8s_openapi::api::core::v1::{ConfigMap, Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
@@ -19,8 +19,8 @@ use kube::api::{
 use kube::{Api, Client, ResourceExt};
 use mayfly_cluster::World as Place;
 use mayfly_cluster::command::output;
-use mayfly_crds::IsolationVerdict;
 use mayfly_crds::names::ANNOTATION_JOB;
+use mayfly_crds::{Control, IsolationVerdict};
 use mayfly_e2e::install::helm_command;
 use mayfly_e2e::stage::{PATIENCE, POOL, Stage, said, workflow};
 use mayfly_e2e::wait::eventually;
@@ -58,6 +58,11 @@ async fn a_new_pool_proves_its_isolation_and_tells_it_by_node_and_class() -> Res
     let proved = nodes[0].classes.iter().filter(|class| class.verdict == IsolationVerdict::Proved);
     assert_eq!(proved.map(|class| class.class.as_str()).collect::<Vec<_>>(), CLASSES, "{:?}", nodes[0].classes);
     ensure!(nodes[0].environment.contains("containerd://"), "{:?}", nodes[0].environment);
+    // A sentinel of the node told as well, from the time on that it reached this process.
+    eventually("a proof against the node's own sentinel", PATIENCE, || async {
+        Ok(stage.status().await?.isolation.iter().all(|node| node.control == Control::Node).then_some(()))
+    })
+    .await?;
     ensure!(nodes[0].starts.pods > 0 && nodes[0].starts.leaks == 0, "{:?}", nodes[0].starts);
     stage.nothing_left(&pool).await?;
     stage.strike().await
@@ -438,10 +443,20 @@ async fn host_names_open_what_they_name_and_nothing_else() -> Result<()> {
     told(&stage, "True").await?;
     stage.nothing_left(&pool).await?;
 
-    // Without names the policy for them goes.
+    // An agent without its proxy would not take the policy.
     let policies = cilium(&stage, stage.world.client.clone());
     let name = format!("mayfly-{POOL}-hosts");
     ensure!(policies.get_opt(&name).await?.is_some(), "{name} is not there");
+    let settings: Api<ConfigMap> = Api::namespaced(stage.world.client.clone(), "kube-system");
+    let off = json!({"metadata": {"name": "cilium-config"}, "data": {"enable-l7-proxy": "false"}});
+    settings.create(&PostParams::default(), &serde_json::from_value(off)?).await?;
+    let (reason, message) = pool::condition(&stage.world, &stage.namespace, POOL, "EgressHostsEnforced", "False").await?;
+    ensure!(reason == "EngineCannot" && message.contains("L7 proxy is off"), "{reason}: {message}");
+    eventually("the policy gone", PATIENCE, || async { Ok(policies.get_opt(&name).await?.is_none().then_some(())) }).await?;
+    settings.delete("cilium-config", &DeleteParams::default()).await?;
+    pool::condition(&stage.world, &stage.namespace, POOL, "EgressHostsEnforced", "True").await?;
+
+    // Without names the policy for them goes.
     stage.unready_pool(|pool| pool["spec"]["isolation"] = json!({})).await?;
     eventually("the policy gone", PATIENCE, || async { Ok(policies.get_opt(&name).await?.is_none().then_some(())) }).await?;
     stage.strike().await

@@ -6,7 +6,8 @@
 //! file, for which a runner with hooks waits. While the job runs it goes on proving. From its first instruction on
 //! it tries whether a pod's policies are enforced late.
 //!
-//! As `mayfly-gate sentinel` it is what proofs are held against: something that answers wherever no policy stands in the way.
+//! As `mayfly-gate sentinel` it is what proofs are held against: something that answers wherever no policy stands in the way, and tells
+//! what answers on its node.
 
 mod credentials;
 mod http;

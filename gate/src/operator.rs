@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-use mayfly_proof::{Challenge, Report};
+use mayfly_proof::{Challenge, Look, Looked, Report};
 use ureq::Agent;
 use ureq::tls::Certificate;
 
@@ -104,6 +104,17 @@ impl Client {
             if let Some(job) = job {
                 return Ok(job);
             }
+        }
+    }
+
+    /// For a sentinel: tells what was found, and asks once what to try next. `None`: nothing for now.
+    pub(crate) fn control(&self, found: Option<&Looked>) -> Result<Option<Look>, String> {
+        let body = found.map(serde_json::to_vec).transpose().map_err(|error| error.to_string())?.unwrap_or_default();
+        let answer = self.call("/v1/control", &body)?;
+        match answer.status {
+            200 => serde_json::from_slice(&answer.body).map(Some).map_err(|error| format!("the question cannot be read: {error}")),
+            204 => Ok(None),
+            _ => Err(format!("/v1/control: {}", answer.again())),
         }
     }
 

@@ -1,8 +1,8 @@
 //! What a proof of isolation is: which addresses are tried, what each answers, and what that shows.
 //!
-//! Two sides share it. The operator tries an address where no policy stands in the way: the **control**. The gate tries the same
-//! address inside the runner pod. Silence in the pod means something only where the control was answered a moment ago
-//! ([`judge`]).
+//! Two sides share it. An address is tried where no policy stands in the way, which is the **control**: by the operator, and by a sentinel
+//! on the runner pod's own node. The gate tries the same address inside the runner pod. Silence in the pod means something only where the
+//! control was answered a moment ago ([`judge`]).
 
 mod probe;
 mod verdict;
@@ -122,6 +122,28 @@ pub struct Target {
     pub endpoint: Endpoint,
     /// What it answered a moment ago where no policy stood in the way.
     pub control: Answer,
+}
+
+/// What the operator asks the control on a node to try.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Look {
+    /// Belongs into the answer.
+    pub number: u64,
+    /// What to try.
+    pub endpoints: Vec<Endpoint>,
+    /// How long a try waits for an answer, in milliseconds.
+    pub patience_ms: u16,
+}
+
+/// What the control on a node found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Looked {
+    /// The question's.
+    pub number: u64,
+    /// What each endpoint answered, in the question's order.
+    pub probes: Vec<Probe>,
 }
 
 /// What the operator asks a gate to try.

@@ -102,8 +102,8 @@ impl Tally {
     fn message(&self) -> String {
         match self.verdict() {
             Verdict::Breach => format!("answers the pod: {}", self.open.join(", ")),
-            Verdict::Proved => format!("{} of {} addresses answer the operator, none the pod", self.proved, self.tried),
-            Verdict::Unproven => format!("none of {} addresses answers the operator, so the pod's silence shows nothing", self.tried),
+            Verdict::Proved => format!("{} of {} addresses answer the control, none the pod", self.proved, self.tried),
+            Verdict::Unproven => format!("none of {} addresses answers the control, so the pod's silence shows nothing", self.tried),
         }
     }
 }

@@ -18,7 +18,9 @@ const RENEW: Duration = Duration::from_secs(20 * 60);
 const LEAST: Duration = Duration::from_secs(60);
 /// Between two questions of which job this is.
 const PAUSE: Duration = Duration::from_millis(200);
-/// How long the broker may take to know which job this is.
+/// Between two tries of the first exchange.
+const PAUSE_EXCHANGE: Duration = Duration::from_secs(1);
+/// How long a job's hook may be kept waiting for the broker, all in all.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Everything that is given to the job.
@@ -27,6 +29,8 @@ pub(crate) struct Desk {
     broker: Broker,
     address: SocketAddr,
     token: String,
+    /// Until when the hook may be kept waiting.
+    until: Instant,
     drawers: HashMap<String, Drawer>,
 }
 
@@ -76,18 +80,18 @@ impl AwsSession {
 impl Desk {
     /// Asks the broker which bindings this job may use, until it knows which job it is. Blocks.
     pub(crate) fn open(identity: Identity, broker: Broker, address: SocketAddr) -> Result<Self, String> {
-        let began = Instant::now();
+        let until = Instant::now() + PATIENCE;
         let offers = loop {
             match broker.offers() {
                 Ok(offers) => break offers,
-                Err(Trouble::Passing(_)) if began.elapsed() < PATIENCE => std::thread::sleep(PAUSE),
+                Err(Trouble::Passing(_)) if Instant::now() < until => std::thread::sleep(PAUSE),
                 Err(trouble) => return Err(trouble.into_text()),
             }
         };
-        Self::new(identity, broker, address, offers)
+        Self::new(identity, broker, address, until, offers)
     }
 
-    fn new(identity: Identity, broker: Broker, address: SocketAddr, offers: Vec<Offer>) -> Result<Self, String> {
+    fn new(identity: Identity, broker: Broker, address: SocketAddr, until: Instant, offers: Vec<Offer>) -> Result<Self, String> {
         let mut random = [0; 32];
         aws_lc_rs::rand::fill(&mut random).map_err(|_| "no random numbers".to_owned())?;
         let token = random.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -95,7 +99,7 @@ impl Desk {
             .into_iter()
             .map(|offer| (offer.name.clone(), Drawer { offer, kept: Mutex::default(), renewing: Arc::default() }))
             .collect();
-        Ok(Self { identity, broker, address, token, drawers })
+        Ok(Self { identity, broker, address, token, until, drawers })
     }
 
     /// What every request has to show.
@@ -127,18 +131,26 @@ impl Desk {
         aws.sort_unstable();
         match aws[..] {
             [] => {}
-            [(name, region)] => match self.aws_session(name).await {
-                Ok(session) => {
-                    lines.push(format!("mask {}", session.secret_access_key));
-                    lines.push(format!("mask {}", session.session_token));
+            [(name, region)] => match self.first_aws_session(name).await {
+                Err(Trouble::Denied(why)) => lines.push(format!("say Mayfly: CredentialBinding {name} gives nothing: {why}")),
+                tried => {
+                    lines.extend(
+                        tried
+                            .iter()
+                            .flat_map(|session| [&session.secret_access_key, &session.session_token])
+                            .map(|secret| format!("mask {secret}")),
+                    );
                     lines.push(format!("set AWS_CONTAINER_CREDENTIALS_FULL_URI={base}/v1/aws/{name}"));
                     // The same twice: SDKs from before the end of 2023 know the variable alone, and complain of what they do not get.
                     lines.push(format!("set AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE={token_file}"));
                     lines.push(format!("set AWS_CONTAINER_AUTHORIZATION_TOKEN={}", self.token));
                     lines.push(format!("set AWS_REGION={region}"));
-                    lines.push(format!("say Mayfly: AWS SDKs find the credentials of CredentialBinding {name}"));
+                    lines.push(match tried {
+                        Ok(_) => format!("say Mayfly: AWS SDKs find the credentials of CredentialBinding {name}"),
+                        // SDKs ask again, each time that they need one.
+                        Err(trouble) => format!("say Mayfly: CredentialBinding {name} gives nothing yet: {}", trouble.into_text()),
+                    });
                 }
-                Err(trouble) => lines.push(format!("say Mayfly: CredentialBinding {name} gives nothing: {}", trouble.into_text())),
             },
             _ => {
                 let names: Vec<&str> = aws.iter().map(|(name, _)| *name).collect();
@@ -162,6 +174,17 @@ impl Desk {
             "AccessKeyId": session.access_key_id, "SecretAccessKey": session.secret_access_key, "Token": session.session_token,
             "Expiration": session.expiration,
         }))
+    }
+
+    /// What is the matter for a moment only, such as a broker that has not seen its issuer's keys yet, is waited for as long as a hook may
+    /// be kept.
+    async fn first_aws_session(self: &Arc<Self>, binding: &str) -> Result<AwsSession, Trouble> {
+        loop {
+            match self.aws_session(binding).await {
+                Err(Trouble::Passing(_)) if Instant::now() < self.until => tokio::time::sleep(PAUSE_EXCHANGE).await,
+                tried => return tried,
+            }
+        }
     }
 
     async fn aws_session(self: &Arc<Self>, binding: &str) -> Result<AwsSession, Trouble> {
@@ -240,7 +263,7 @@ pub(super) mod tests {
         let broker = Broker::new("https://127.0.0.1:1", &authority, Path::new("/nowhere")).expect("a broker");
         let offer = |name: &str, provider: &Provider| Offer { name: name.to_owned(), audience: "a".to_owned(), provider: provider.clone() };
         let offers = bindings.iter().map(|(name, provider, _)| offer(name, provider)).collect();
-        let desk = Desk::new(identity, broker, "127.0.0.1:4711".parse().expect("an address"), offers).expect("a desk");
+        let desk = Desk::new(identity, broker, "127.0.0.1:4711".parse().expect("an address"), Instant::now(), offers).expect("a desk");
         let from = Instant::now();
         for (name, _, value) in bindings.iter().filter(|(.., value)| !value.is_empty()) {
             let kept = Kept { value: (*value).to_owned(), from, until: from + Duration::from_secs(3600) };
@@ -283,9 +306,13 @@ pub(super) mod tests {
         assert!(lines.contains("(backup, deploy)"), "{lines}");
         let lines = desk(&[]).introduce("/file").await;
         assert!(lines.contains("no CredentialBinding is for this job"), "{lines}");
+    }
+
+    #[tokio::test]
+    async fn where_the_broker_is_away_sdks_ask_again() {
         let lines = desk(&[("deploy", aws(), "")]).introduce("/file").await;
-        assert_eq!(settings(&lines), own, "{lines}");
-        assert!(lines.contains("say Mayfly: CredentialBinding deploy gives nothing: "), "{lines}");
+        assert!(lines.contains("set AWS_CONTAINER_CREDENTIALS_FULL_URI=http://127.0.0.1:4711/v1/aws/deploy\n"), "{lines}");
+        assert!(lines.contains("say Mayfly: CredentialBinding deploy gives nothing yet: "), "{lines}");
     }
 
     #[tokio::test]

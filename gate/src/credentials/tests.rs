@@ -26,6 +26,8 @@ struct Seen {
     refuses: AtomicBool,
     /// The broker does not know the job yet, so many times.
     waits: AtomicU64,
+    /// The broker has not seen its issuer's keys yet, so many times.
+    blind: AtomicU64,
     asked: Mutex<Vec<String>>,
 }
 
@@ -57,6 +59,10 @@ async fn bindings(State(seen): Shared, headers: HeaderMap) -> (StatusCode, Json<
 }
 
 async fn token(State(seen): Shared, RawForm(form): RawForm) -> (StatusCode, Json<Value>) {
+    if seen.blind.load(Ordering::SeqCst) > 0 {
+        seen.blind.fetch_sub(1, Ordering::SeqCst);
+        return (StatusCode::SERVICE_UNAVAILABLE, Json(json!({"error": "temporarily_unavailable", "correlation_id": "x"})));
+    }
     let number = seen.exchanges.fetch_add(1, Ordering::SeqCst);
     seen.note(format!("token {}", String::from_utf8_lossy(&form)));
     if seen.refuses.load(Ordering::SeqCst) {
@@ -152,6 +158,7 @@ fn session(set: &str) -> Value {
 fn a_job_gets_one_session_however_often_it_asks() {
     let world = World::new("session");
     world.seen.waits.store(2, Ordering::SeqCst);
+    world.seen.blind.store(2, Ordering::SeqCst);
     let (said, set) = world.begin();
     assert!(said.contains("::add-mask::hunter2\n::add-mask::hunter3\n"), "{said}");
     assert!(said.ends_with("Mayfly: AWS SDKs find the credentials of CredentialBinding deploy\n"), "{said}");

@@ -109,6 +109,9 @@ pub(crate) struct ControllerArgs {
     /// Secret that keeps the gate API's certificate; made if it is not there.
     #[arg(long, env = "MAYFLY_GATE_SECRET", default_value = "mayfly-gate-tls")]
     gate_secret: String,
+    /// ConfigMap in the operator's namespace into which the authority of that certificate is written, for sentinels.
+    #[arg(long, env = "MAYFLY_GATE_AUTHORITY", default_value = "mayfly-gate-ca")]
+    gate_authority: String,
     /// Service of the broker: its certificate is made for it, as the broker may neither read nor write Secrets.
     #[arg(long, env = "MAYFLY_BROKER_SERVICE", requires = "issuers_file")]
     broker_service: Option<String>,
@@ -124,6 +127,12 @@ pub(crate) struct ControllerArgs {
     /// Labels of the broker's pods, which runner pods may reach: key=value, comma-separated.
     #[arg(long, env = "MAYFLY_BROKER_LABELS", default_value = "app.kubernetes.io/name=mayfly-broker", value_parser = labels)]
     broker_labels: BTreeMap<String, String>,
+    /// Namespace in which Cilium, where the cluster has it, keeps its settings.
+    #[arg(long, env = "MAYFLY_CILIUM_NAMESPACE", default_value = "kube-system")]
+    cilium_namespace: String,
+    /// ServiceAccount of the sentinels, in the operator's namespace: they alone may tell what answers on a node.
+    #[arg(long, env = "MAYFLY_SENTINEL_ACCOUNT", default_value = "mayfly-sentinel")]
+    sentinel_account: String,
     /// Labels of the operator's own pods, which runner pods may reach: key=value, comma-separated.
     #[arg(long, env = "MAYFLY_POD_LABELS", default_value = "app.kubernetes.io/name=mayfly", value_parser = labels)]
     pod_labels: BTreeMap<String, String>,
@@ -181,6 +190,7 @@ pub(crate) struct Settings {
     pub(crate) admission_address: SocketAddr,
     pub(crate) admission_name: String,
     pub(crate) gate_secret: String,
+    pub(crate) gate_authority: String,
     pub(crate) gate_names: Vec<String>,
     /// Name of the broker, and the Secret for its certificate.
     pub(crate) broker: Option<(String, String)>,
@@ -191,6 +201,9 @@ pub(crate) struct Settings {
     /// Issuers that the broker trusts; `None` where there is no broker.
     pub(crate) issuers: Option<Vec<String>>,
     pub(crate) poll_interval: Duration,
+    pub(crate) cilium_namespace: String,
+    /// User name of the sentinels' account.
+    pub(crate) sentinel_account: String,
     pub(crate) sentinel_service: String,
     pub(crate) sentinel_pods: String,
     pub(crate) outside_sentinels: Vec<SocketAddr>,
@@ -220,8 +233,9 @@ impl ControllerArgs {
             Some(path) => Some(read_issuers(path)?.into_iter().map(|issuer| issuer.issuer).collect()),
             None => None,
         };
-        let account = || format!("system:serviceaccount:{}:{}", self.namespace, self.broker_account);
-        let broker_account = self.broker_service.as_ref().map(|_| account());
+        let account = |name: &str| format!("system:serviceaccount:{}:{name}", self.namespace);
+        let broker_account = self.broker_service.as_ref().map(|_| account(&self.broker_account));
+        let sentinel_account = account(&self.sentinel_account);
         let broker_host = self.broker_service.as_ref().map(|service| format!("{service}.{}.svc", self.namespace));
         let pods_forge_ca = match (&broker_host, &forge_ca) {
             (Some(_), Some(authorities)) => Some(small_text(authorities).context("--forge-ca-file, which runner pods are given")?),
@@ -264,6 +278,7 @@ impl ControllerArgs {
             admission_address: self.admission_address,
             admission_name,
             gate_secret: self.gate_secret,
+            gate_authority: self.gate_authority,
             gate_names: vec![host],
             broker: broker_host.map(|host| (host, self.broker_secret)),
             forge_ca,
@@ -271,6 +286,8 @@ impl ControllerArgs {
             broker_account,
             issuers,
             poll_interval: Duration::from_secs(self.poll_seconds),
+            cilium_namespace: self.cilium_namespace,
+            sentinel_account,
             sentinel_service,
             sentinel_pods,
             outside_sentinels: self.outside_sentinels,

@@ -80,6 +80,8 @@ impl IssuerConfig {
 pub(crate) struct Rhythm {
     /// Least time between two fetches.
     pub(crate) least: Duration,
+    /// The same before the first that succeeded: until then nobody gets anything.
+    pub(crate) first: Duration,
     /// Time after which keys are fetched anew.
     pub(crate) refresh: Duration,
     /// Time after which keys are not believed any more where no fetch succeeded.
@@ -88,7 +90,12 @@ pub(crate) struct Rhythm {
 
 impl Default for Rhythm {
     fn default() -> Self {
-        Self { least: Duration::from_secs(60), refresh: Duration::from_secs(300), stale: Duration::from_secs(24 * 3600) }
+        Self {
+            least: Duration::from_secs(60),
+            first: Duration::from_secs(5),
+            refresh: Duration::from_secs(300),
+            stale: Duration::from_secs(24 * 3600),
+        }
     }
 }
 
@@ -187,8 +194,13 @@ impl Issuer {
         loop {
             self.fetch(self.rhythm.refresh).await;
             // Soon after a fetch that failed, and never more often than is allowed.
-            tokio::time::sleep(self.rhythm.least).await;
+            let least = self.least(&self.known());
+            tokio::time::sleep(least).await;
         }
+    }
+
+    fn least(&self, known: &Known) -> Duration {
+        if known.fetched.is_some() { self.rhythm.least } else { self.rhythm.first }
     }
 
     /// Fetches the keys, unless that was tried within the least time between two fetches or succeeded within `age`.
@@ -197,7 +209,7 @@ impl Issuer {
         {
             let mut known = self.known();
             let recent = |time: Option<Instant>, span: Duration| time.is_some_and(|time| time.elapsed() < span);
-            if recent(known.tried, self.rhythm.least) || recent(known.fetched, age) {
+            if recent(known.tried, self.least(&known)) || recent(known.fetched, age) {
                 return;
             }
             known.tried = Some(Instant::now());

@@ -1,37 +1,182 @@
-//! Positive controls: what answers the operator, where no policy stands in the way. A runner pod's silence is held against it.
+//! Positive controls: what answers where no policy stands in the way. A runner pod's silence is held against it.
+//!
+//! There are two: the operator itself, wherever it is, and a sentinel on the runner pod's own node, which asks the operator what to try
+//! (`POST /v1/control` of the gate API). What is bound to a node, as the credential agents of some clouds are, answers only there. What
+//! counts is the more open answer of the two.
 
 use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use mayfly_proof::{Answer, Endpoint, Probe, probe};
-use tokio::sync::Mutex;
+use mayfly_proof::{Answer, Endpoint, Look, Looked, Probe, probe};
+use tokio::sync::{Notify, oneshot};
 
 /// How long an answer counts as one of a moment ago.
 const FRESH: Duration = Duration::from_secs(10);
 /// How long an answer is waited for.
 const PATIENCE: Duration = Duration::from_millis(400);
+/// How long a sentinel may take beyond that.
+const ON_THE_WAY: Duration = Duration::from_millis(600);
+/// How long a sentinel's question for something to try is kept open.
+const OPEN: Duration = Duration::from_secs(50);
+/// A sentinel that has not asked for this long is not there.
+const GONE: Duration = Duration::from_secs(60);
+const SILENCE: Probe = Probe { answer: Answer::Silent, took: PATIENCE };
 
-/// The answers. Whoever looks holds the lock: those who come meanwhile find the result.
+/// What was answered, and when.
 #[derive(Default)]
-pub(crate) struct Controls(Mutex<HashMap<Endpoint, (Probe, Instant)>>);
+struct Answers(HashMap<Endpoint, (Probe, Instant)>);
+
+impl Answers {
+    /// Those of which nothing is known from a moment ago.
+    fn stale(&mut self, endpoints: &[Endpoint]) -> Vec<Endpoint> {
+        let now = Instant::now();
+        self.0.retain(|_, (_, at)| now.duration_since(*at) < FRESH);
+        endpoints.iter().filter(|endpoint| !self.0.contains_key(endpoint)).copied().collect()
+    }
+
+    fn keep(&mut self, endpoints: Vec<Endpoint>, probes: Vec<Probe>) {
+        let now = Instant::now();
+        self.0.extend(endpoints.into_iter().zip(probes).map(|(endpoint, probe)| (endpoint, (probe, now))));
+    }
+
+    fn of(&self, endpoint: &Endpoint) -> Probe {
+        self.0.get(endpoint).map_or(SILENCE, |(probe, _)| *probe)
+    }
+}
+
+/// All controls. Whoever looks holds the lock of a control: those who come meanwhile find the result.
+#[derive(Default)]
+pub(crate) struct Controls {
+    own: tokio::sync::Mutex<Answers>,
+    nodes: Mutex<HashMap<String, Arc<Sentinel>>>,
+}
+
+/// What endpoints answered.
+pub(crate) struct Seen {
+    /// The more open answer of each, in their order.
+    pub(crate) probes: Vec<Probe>,
+    /// Whether a sentinel on the node told as well.
+    pub(crate) beside: bool,
+}
+
+/// The sentinel on one node.
+#[derive(Default)]
+struct Sentinel {
+    answers: tokio::sync::Mutex<Answers>,
+    asked: Mutex<Asked>,
+    news: Notify,
+}
+
+#[derive(Default)]
+struct Asked {
+    number: u64,
+    /// Not fetched yet.
+    look: Option<Look>,
+    /// Who waits for the answer.
+    waits: Option<oneshot::Sender<Vec<Probe>>>,
+    /// When a sentinel was there last.
+    there: Option<Instant>,
+}
 
 impl Controls {
-    /// What these endpoints answer, or answered a moment ago; in their order.
-    pub(crate) async fn look(&self, endpoints: &[Endpoint]) -> Vec<Probe> {
-        let mut known = self.0.lock().await;
-        let now = Instant::now();
-        known.retain(|_, (_, at)| now.duration_since(*at) < FRESH);
-        let stale: Vec<Endpoint> = endpoints.iter().filter(|endpoint| !known.contains_key(endpoint)).copied().collect();
+    /// What these endpoints answer, or answered a moment ago, to the operator and on this node.
+    pub(crate) async fn look(&self, node: Option<&str>, endpoints: &[Endpoint]) -> Seen {
+        let sentinel = node.and_then(|node| lock(&self.nodes).get(node).cloned());
+        let beside = async {
+            match sentinel {
+                Some(sentinel) => sentinel.look(endpoints).await,
+                None => None,
+            }
+        };
+        let (mut probes, beside) = tokio::join!(self.look_itself(endpoints), beside);
+        for (own, other) in probes.iter_mut().zip(beside.iter().flatten()) {
+            if other.answer > own.answer {
+                *own = *other;
+            }
+        }
+        Seen { probes, beside: beside.is_some() }
+    }
+
+    async fn look_itself(&self, endpoints: &[Endpoint]) -> Vec<Probe> {
+        let mut known = self.own.lock().await;
+        let stale = known.stale(endpoints);
         if !stale.is_empty() {
             let tried = stale.clone();
             // A task that died shows nothing, and so do endpoints without an answer.
             let probes = tokio::task::spawn_blocking(move || probe(&tried, PATIENCE)).await.unwrap_or_default();
-            let now = Instant::now();
-            known.extend(stale.into_iter().zip(probes).map(|(endpoint, probe)| (endpoint, (probe, now))));
+            known.keep(stale, probes);
         }
-        let silence = Probe { answer: Answer::Silent, took: PATIENCE };
-        endpoints.iter().map(|endpoint| known.get(endpoint).map_or(silence, |(probe, _)| *probe)).collect()
+        endpoints.iter().map(|endpoint| known.of(endpoint)).collect()
     }
+
+    /// A sentinel on this node tells what it found, if it was asked, and gets what it is to try next. `None`: nothing for now.
+    pub(crate) async fn serve(&self, node: &str, found: Option<Looked>) -> Option<Look> {
+        let sentinel = lock(&self.nodes).entry(node.to_owned()).or_default().clone();
+        sentinel.there(found);
+        let look = tokio::time::timeout(OPEN, sentinel.next()).await;
+        sentinel.there(None);
+        look.ok()
+    }
+}
+
+impl Sentinel {
+    fn there(&self, found: Option<Looked>) {
+        let mut asked = lock(&self.asked);
+        asked.there = Some(Instant::now());
+        if let Some(found) = found.filter(|found| found.number == asked.number)
+            && let Some(waits) = asked.waits.take()
+        {
+            // Who waited may have given up.
+            let _ = waits.send(found.probes);
+        }
+    }
+
+    async fn next(&self) -> Look {
+        loop {
+            if let Some(look) = lock(&self.asked).look.take() {
+                return look;
+            }
+            self.news.notified().await;
+        }
+    }
+
+    /// `None` where no sentinel is there, or it does not answer.
+    async fn look(&self, endpoints: &[Endpoint]) -> Option<Vec<Probe>> {
+        let mut known = self.answers.lock().await;
+        let stale = known.stale(endpoints);
+        if !stale.is_empty() {
+            let probes = self.ask(&stale).await.filter(|probes| probes.len() == stale.len())?;
+            known.keep(stale, probes);
+        }
+        Some(endpoints.iter().map(|endpoint| known.of(endpoint)).collect())
+    }
+
+    async fn ask(&self, endpoints: &[Endpoint]) -> Option<Vec<Probe>> {
+        let (tell, told) = oneshot::channel();
+        {
+            let mut asked = lock(&self.asked);
+            asked.there.filter(|there| there.elapsed() < GONE)?;
+            asked.number += 1;
+            let patience_ms = u16::try_from(PATIENCE.as_millis()).unwrap_or(u16::MAX);
+            asked.look = Some(Look { number: asked.number, endpoints: endpoints.to_vec(), patience_ms });
+            asked.waits = Some(tell);
+        }
+        self.news.notify_one();
+        match tokio::time::timeout(PATIENCE + ON_THE_WAY, told).await {
+            Ok(Ok(probes)) => Some(probes),
+            _ => {
+                // The next one does not wait for it, until it asks again.
+                let mut asked = lock(&self.asked);
+                (asked.look, asked.waits, asked.there) = (None, None, None);
+                None
+            }
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -40,15 +185,105 @@ mod tests {
 
     use super::*;
 
+    fn endpoint(port: u16) -> Endpoint {
+        Endpoint::tcp(([127, 0, 0, 1], port).into())
+    }
+
     #[tokio::test]
     async fn an_answer_counts_for_a_while_and_is_asked_for_once() {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
         let endpoint = Endpoint::tcp(listener.local_addr().expect("an address"));
         let controls = Controls::default();
-        assert_eq!(controls.look(&[endpoint]).await[0].answer, Answer::Accepted);
+        let look = async || controls.look(None, &[endpoint]).await.probes[0].answer;
+        assert_eq!(look().await, Answer::Accepted);
         drop(listener);
-        assert_eq!(controls.look(&[endpoint]).await[0].answer, Answer::Accepted, "an answer of a moment ago");
-        controls.0.lock().await.values_mut().for_each(|(_, at)| *at -= FRESH);
-        assert_eq!(controls.look(&[endpoint]).await[0].answer, Answer::Refused);
+        assert_eq!(look().await, Answer::Accepted, "an answer of a moment ago");
+        controls.own.lock().await.0.values_mut().for_each(|(_, at)| *at -= FRESH);
+        assert_eq!(look().await, Answer::Refused);
+    }
+
+    /// A sentinel that answers this, so many times, and then tells nothing more.
+    async fn sentinel(controls: &Controls, node: &str, times: usize, answer: Answer) -> Vec<Look> {
+        let (mut found, mut looks) = (None, Vec::new());
+        for _ in 0..times {
+            let look = controls.serve(node, found).await.expect("a question");
+            let probe = Probe { answer, took: Duration::from_millis(1) };
+            found = Some(Looked { number: look.number, probes: vec![probe; look.endpoints.len()] });
+            looks.push(look);
+        }
+        // It tells, and asks on.
+        let _ = tokio::time::timeout(Duration::from_millis(50), controls.serve(node, found)).await;
+        looks
+    }
+
+    async fn there(controls: &Controls, node: &str) {
+        while lock(&controls.nodes).get(node).is_none_or(|sentinel| lock(&sentinel.asked).there.is_none()) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn what_answers_on_the_node_alone_counts_and_is_asked_for_once() {
+        let controls = Controls::default();
+        let both = [endpoint(1), endpoint(2)];
+        let twice = async {
+            there(&controls, "node1").await;
+            tokio::join!(controls.look(Some("node1"), &both), controls.look(Some("node1"), &both))
+        };
+        let (asked, (first, second)) = tokio::join!(sentinel(&controls, "node1", 1, Answer::Accepted), twice);
+        for seen in [first, second] {
+            assert!(seen.beside && seen.probes.iter().all(|probe| probe.answer == Answer::Accepted));
+        }
+        let elsewhere = controls.look(Some("node2"), &both).await;
+        assert!(!elsewhere.beside && elsewhere.probes.iter().all(|probe| probe.answer == Answer::Refused));
+        assert_eq!(asked[0].endpoints, both);
+    }
+
+    #[tokio::test]
+    async fn the_more_open_answer_counts() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+        let open = [Endpoint::tcp(listener.local_addr().expect("an address"))];
+        let controls = Controls::default();
+        let look = async {
+            there(&controls, "node1").await;
+            controls.look(Some("node1"), &open).await
+        };
+        let (_, seen) = tokio::join!(sentinel(&controls, "node1", 1, Answer::Silent), look);
+        assert!(seen.beside && seen.probes[0].answer == Answer::Accepted);
+    }
+
+    #[tokio::test]
+    async fn a_sentinel_that_does_not_answer_is_waited_for_once() {
+        let controls = Controls::default();
+        let look = async {
+            there(&controls, "node1").await;
+            let began = Instant::now();
+            assert!(!controls.look(Some("node1"), &[endpoint(1)]).await.beside);
+            began.elapsed()
+        };
+        let (_, took) = tokio::join!(controls.serve("node1", None), look);
+        assert!(took >= PATIENCE);
+        let began = Instant::now();
+        assert!(!controls.look(Some("node1"), &[endpoint(1)]).await.beside);
+        assert!(began.elapsed() < PATIENCE, "it is known not to be there");
+    }
+
+    #[tokio::test]
+    async fn an_answer_to_another_question_or_of_another_length_is_none() {
+        for (off, length) in [(1, 1), (0, 2), (0, 0)] {
+            let controls = Controls::default();
+            let wrong = async {
+                let look = controls.serve("node1", None).await.expect("a question");
+                let probe = Probe { answer: Answer::Accepted, took: Duration::ZERO };
+                let found = Looked { number: look.number + off, probes: vec![probe; length] };
+                let _ = tokio::time::timeout(Duration::from_secs(2), controls.serve("node1", Some(found))).await;
+            };
+            let look = async {
+                there(&controls, "node1").await;
+                controls.look(Some("node1"), &[endpoint(1)]).await
+            };
+            let ((), seen) = tokio::join!(wrong, look);
+            assert!(!seen.beside, "{off} {length}");
+        }
     }
 }

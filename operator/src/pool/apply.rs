@@ -281,7 +281,7 @@ async fn create(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>, node:
     let warm = if pool.spec.scale.warm > 0 { SignedDuration::from_hours(2) } else { SignedDuration::ZERO };
     let life = deadlines.start + deadlines.idle + deadlines.job + warm + SignedDuration::from_mins(1);
     let mut sentinels = ctx.names.find(&ctx.settings.sentinel_service).await;
-    sentinels.extend(ctx.names.find(&ctx.settings.sentinel_pods).await);
+    sentinels.extend(proof::sentinel_pods(ctx).await);
     let (only_on, placement) = {
         let state = handle.state();
         let only_on = node.and_then(|node| state.nodes.iter().find(|known| known.name == *node).cloned());

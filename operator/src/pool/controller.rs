@@ -246,7 +246,7 @@ async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
         state.enforcement = pool.spec.isolation.enforcement;
         state.nodes = nodes;
         state.adopt_isolation(&stored.isolation, ctx.now());
-        state.knows_names = ctx.dialects.cilium();
+        state.names = ctx.dialects.names();
     }
     let observed = match gather(ctx, &pool, &handle, stored.scale_set.as_ref()).await {
         Ok(observed) => observed,

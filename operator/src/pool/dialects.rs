@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use kube::ResourceExt;
 use kube::core::PartialObjectMeta;
@@ -15,22 +16,50 @@ use crate::isolation::{CiliumNetworkPolicy, ClusterFacts, ForgeAddress, cilium_p
 /// What a CiliumNetworkPolicy's version is noted under, before its name.
 const CILIUM: &str = "CiliumNetworkPolicy/";
 
+/// Whether the cluster's network engine opens host names.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Names {
+    /// It has no policies that know any.
+    #[default]
+    NoEngine,
+    /// It has, and what they need is off.
+    NoProxy,
+    /// It does.
+    Known,
+}
+
 /// Which dialects the API server speaks, and Mayfly's objects in them.
 pub(crate) struct Dialects {
     /// Whether it serves CiliumNetworkPolicy; nothing before it was asked.
     served: watch::Sender<Option<bool>>,
+    /// Whether its agents have the proxy that reads what the DNS answers.
+    proxy: AtomicBool,
     policies: Store<PartialObjectMeta<CiliumNetworkPolicy>>,
 }
 
 impl Dialects {
     /// Before the API server was asked.
     pub(crate) fn new(policies: Store<PartialObjectMeta<CiliumNetworkPolicy>>) -> Self {
-        Self { served: watch::Sender::new(None), policies }
+        Self { served: watch::Sender::new(None), proxy: AtomicBool::new(true), policies }
     }
 
     /// Notes the answer; true where it is news.
     pub(crate) fn note_cilium(&self, served: bool) -> bool {
         self.served.send_replace(Some(served)) != Some(served)
+    }
+
+    /// Notes whether Cilium's proxy is on; true where it is news.
+    pub(crate) fn note_proxy(&self, on: bool) -> bool {
+        self.proxy.swap(on, Ordering::Relaxed) != on
+    }
+
+    /// Whether pools can open host names.
+    pub(super) fn names(&self) -> Names {
+        match (self.cilium(), self.proxy.load(Ordering::Relaxed)) {
+            (false, _) => Names::NoEngine,
+            (true, false) => Names::NoProxy,
+            (true, true) => Names::Known,
+        }
     }
 
     /// Waits for the first answer.
@@ -53,10 +82,14 @@ pub(super) fn facts(ctx: &Context) -> ClusterFacts {
 
 /// The pool's policies in Cilium's dialect; none where the cluster does not have it.
 pub(super) fn wanted(ctx: &Context, pool: &Pool, forge: &ForgeAddress, cluster: &ClusterFacts) -> Result<Vec<CiliumNetworkPolicy>, String> {
-    match ctx.dialects.cilium() {
-        true => cilium_policies(&pool.key.name, &pool.key.namespace, &pool.owner, &pool.spec.isolation.egress, forge, cluster),
-        false => Ok(Vec::new()),
+    let mut egress = pool.spec.isolation.egress.clone();
+    match ctx.dialects.names() {
+        Names::NoEngine => return Ok(Vec::new()),
+        // Its agents would refuse the policy.
+        Names::NoProxy => egress.hosts.clear(),
+        Names::Known => {}
     }
+    cilium_policies(&pool.key.name, &pool.key.namespace, &pool.owner, &egress, forge, cluster)
 }
 
 /// The version of a policy that stands, if it is noted in one of these dialects.

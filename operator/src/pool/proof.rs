@@ -8,7 +8,7 @@ use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::ResourceExt;
 use mayfly_crds::conditions::reasons;
-use mayfly_crds::{ClassIsolation, Enforcement, IsolationVerdict, NodeIsolation, Starts};
+use mayfly_crds::{ClassIsolation, Control, Enforcement, IsolationVerdict, NodeIsolation, Starts};
 use mayfly_proof::{Challenge, Endpoint, Report, Start, Verdict, judge};
 
 use super::apply::reference_to;
@@ -38,18 +38,31 @@ const PROBES: usize = 3;
 const PROBING: usize = 5;
 /// Most nodes that a pod is kept away from because they were found open.
 const AVOIDED: usize = 20;
+/// Nodes on which controls are looked at ahead of pods.
+const PREPARED: usize = 20;
+/// Sentinels tried in one proof: all are alike.
+const SENTINELS: usize = 4;
 /// Most nodes named in a message.
 const NODES_NAMED: usize = 5;
 
 /// What is known of one pod's isolation.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct PodProof {
-    /// What its gate was asked last, and under which policies.
-    asked: Option<(Challenge, String)>,
+    /// What its gate was asked last.
+    asked: Option<Asked>,
     /// What it told last.
     last: Option<Proof>,
     /// When it last told what the pool requires.
     proved: Option<Timestamp>,
+}
+
+#[derive(Clone, Debug)]
+struct Asked {
+    challenge: Challenge,
+    /// The policies that stood.
+    policies: String,
+    /// What the challenge is held against.
+    control: Control,
 }
 
 #[derive(Clone, Debug)]
@@ -143,19 +156,20 @@ impl PoolState {
     }
 
     /// Notes what a pod was asked.
-    fn ask(&mut self, pod: &str, challenge: Challenge, policies: String) {
-        self.proofs.entry(pod.to_owned()).or_default().asked = Some((challenge, policies));
+    fn ask(&mut self, pod: &str, challenge: Challenge, policies: String, control: Control) {
+        self.proofs.entry(pod.to_owned()).or_default().asked = Some(Asked { challenge, policies, control });
     }
 
     /// Takes a report about the last challenge. With it comes the node's entry, if its verdicts are news.
     fn take_report(&mut self, pod: &str, node: &PoolNode, report: &Report, now: Timestamp) -> (Taken, Option<NodeIsolation>) {
         let current = self.policies_mark();
         let Some(known) = self.proofs.get_mut(pod) else { return (Taken::Stale, None) };
-        let Some((asked, policies)) = known.asked.take_if(|(asked, _)| asked.nonce == report.nonce) else { return (Taken::Stale, None) };
+        let Some(asked) = known.asked.take_if(|asked| asked.challenge.nonce == report.nonce) else { return (Taken::Stale, None) };
+        let Asked { challenge, policies, control } = asked;
         if current.as_ref() != Some(&policies) {
             return (Taken::Stale, None);
         }
-        let classes = weigh(&asked, report);
+        let classes = weigh(&challenge, report);
         let verdict = worst(&classes);
         let suffices = self.suffices(verdict);
         if let Some(known) = self.proofs.get_mut(pod) {
@@ -167,14 +181,14 @@ impl PoolState {
         self.tried.insert(node.name.clone(), (now, node.environment.clone()));
         let before = self.isolation.get(&node.name).filter(|known| known.environment == node.environment);
         let starts = add(before.map(|known| known.starts).unwrap_or_default(), report.start);
-        let same = before.filter(|known| same_verdicts(&known.classes, &classes));
+        let same = before.filter(|known| known.control == control && same_verdicts(&known.classes, &classes));
         let changed = same.is_none();
         // What is no news keeps its words: which addresses answered differs from pod to pod, and would be written at every proof.
         let entry = match same {
             Some(known) => NodeIsolation { starts, ..known.clone() },
             None => {
                 let (name, environment) = (node.name.clone(), node.environment.clone());
-                NodeIsolation { node: name, verdict, since: stored_time(now), environment, classes, starts }
+                NodeIsolation { node: name, verdict, since: stored_time(now), environment, control, classes, starts }
             }
         };
         self.isolation.insert(node.name.clone(), entry.clone());
@@ -222,7 +236,9 @@ pub(crate) async fn ask(ctx: &Context, handle: &PoolHandle, pod: &Pod) -> Result
     }
     let forbidden = forbidden(&around)?;
     let endpoints: Vec<Endpoint> = forbidden.iter().map(|(_, endpoint)| *endpoint).collect();
-    let controls = ctx.controls.look(&endpoints).await;
+    let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref());
+    let seen = ctx.controls.look(node, &endpoints).await;
+    let control = if seen.beside { Control::Node } else { Control::Operator };
     let gate = gate(ctx).await;
     let mut state = handle.state();
     let Some(policies) = state.policies_mark() else { return Ok(None) };
@@ -233,8 +249,8 @@ pub(crate) async fn ask(ctx: &Context, handle: &PoolHandle, pod: &Pod) -> Result
         true => gate,
         false => state.forge_endpoints.clone(),
     };
-    let challenge = challenge(nonce, &forbidden, &controls, required);
-    state.ask(&pod.name_any(), challenge.clone(), policies);
+    let challenge = challenge(nonce, &forbidden, &seen.probes, required);
+    state.ask(&pod.name_any(), challenge.clone(), policies, control);
     Ok(Some(challenge))
 }
 
@@ -272,12 +288,13 @@ pub(crate) async fn take(ctx: &Context, handle: &PoolHandle, pod: &Pod, report: 
     taken
 }
 
-/// Looks at the controls ahead of the first pod that needs them.
+/// Looks at the controls ahead of the first pod that needs them, on the first few nodes that it may be on.
 pub(super) async fn prepare_controls(ctx: Arc<Context>, handle: Arc<PoolHandle>) {
     let around = surroundings(&ctx, &handle, None).await;
     if let Ok(forbidden) = forbidden(&around) {
         let endpoints: Vec<Endpoint> = forbidden.iter().map(|(_, endpoint)| *endpoint).collect();
-        ctx.controls.look(&endpoints).await;
+        let nodes: Vec<String> = handle.state().nodes.iter().take(PREPARED).map(|node| node.name.clone()).collect();
+        futures::future::join_all(nodes.iter().map(|node| ctx.controls.look(Some(node), &endpoints))).await;
     }
 }
 
@@ -300,11 +317,18 @@ async fn surroundings(ctx: &Context, handle: &PoolHandle, pod: Option<&Pod>) -> 
     Surroundings {
         api_server: ctx.settings.api_server.into_iter().chain(endpoints).collect(),
         outside: ctx.settings.outside_sentinels.iter().copied().chain(beside_the_forge).collect(),
-        sentinel_pods: ctx.names.find(&ctx.settings.sentinel_pods).await,
+        sentinel_pods: sentinel_pods(ctx).await,
         sentinel_service: ctx.names.find(&ctx.settings.sentinel_service).await,
         node,
         other_nodes,
     }
+}
+
+/// Addresses of some sentinels.
+pub(super) async fn sentinel_pods(ctx: &Context) -> Vec<IpAddr> {
+    let mut found = ctx.names.find(&ctx.settings.sentinel_pods).await;
+    found.truncate(SENTINELS);
+    found
 }
 
 /// The gate API, as pods reach it.
@@ -395,6 +419,11 @@ pub(super) fn told(found: &[NodeIsolation], nodes: &[PoolNode]) -> (IsolationVer
         let named = missing.iter().take(NODES_NAMED).copied().collect::<Vec<_>>().join(", ");
         message.push_str(&format!("; not yet on {}, as they are now: {named}", missing.len()));
     }
+    let alone: Vec<&str> = found.iter().filter(|node| node.control == Control::Operator).map(|node| node.node.as_str()).collect();
+    if !alone.is_empty() {
+        let named = alone.iter().take(NODES_NAMED).copied().collect::<Vec<_>>().join(", ");
+        message.push_str(&format!("; without a sentinel on {} of them, held against the operator alone: {named}", alone.len()));
+    }
     let leaks: u32 = found.iter().map(|node| node.starts.leaks).sum();
     if leaks > 0 {
         let latest = found.iter().map(|node| node.starts.latest_milliseconds).max().unwrap_or_default();
@@ -471,7 +500,7 @@ pub(super) mod tests {
     fn asked(enforcement: Enforcement) -> PoolState {
         let mut state = state(enforcement);
         let mark = state.policies_mark().expect("a mark");
-        state.ask("p", challenge(), mark);
+        state.ask("p", challenge(), mark, Control::Node);
         state
     }
 
@@ -479,7 +508,7 @@ pub(super) mod tests {
     pub(crate) fn prove(state: &mut PoolState, pod: &str, now: Timestamp) {
         state.policies = Some(("digest".to_owned(), BTreeMap::new()));
         let mark = state.policies_mark().expect("a mark");
-        state.ask(pod, challenge(), mark);
+        state.ask(pod, challenge(), mark, Control::Node);
         assert_eq!(state.take_report(pod, &node1(), &report(), now).0, Taken::Enough);
     }
 
@@ -524,7 +553,7 @@ pub(super) mod tests {
         let mark = state.policies_mark().expect("a mark");
         let mut without = challenge();
         without.forbidden.retain(|target| target.class != Class::Pods);
-        state.ask("p", without, mark);
+        state.ask("p", without, mark, Control::Node);
         let fewer = Report { forbidden: vec![Answer::Silent; WHOLE.len() - 1], ..report() };
         let Taken::NotEnough(why) = state.take_report("p", &node1(), &fewer, now()).0 else { panic!("a class was missing") };
         assert!(why.contains("Pods (Unproven)"), "{why}");
@@ -560,7 +589,7 @@ pub(super) mod tests {
             state.take_report("p", &node1(), &super::tests::report(), now());
             state.registered.insert("p".to_owned(), runner(now()));
             let mark = state.policies_mark().expect("a mark");
-            state.ask("p", challenge(), mark);
+            state.ask("p", challenge(), mark, Control::Node);
             assert_eq!(matches!(state.take_report("p", &node1(), &report, soon).0, Taken::NotEnough(_)), ends, "{report:?}");
             assert_eq!(state.unproved("p", Some(now()), soon).is_some(), ends);
             let late = now() + SILENCE + SignedDuration::from_secs(1);
@@ -580,7 +609,7 @@ pub(super) mod tests {
         state.nodes[0].environment = "kernel 6.2".to_owned();
         assert_eq!(state.due(now()), ["node1"], "another kernel");
         let mark = state.policies_mark().expect("a mark");
-        state.ask("p", challenge(), mark);
+        state.ask("p", challenge(), mark, Control::Node);
         let changed = state.nodes[0].clone();
         state.take_report("p", &changed, &Report { forbidden: Vec::new(), ..report() }, now());
         assert!(state.due(mins(4)).is_empty() && state.due(mins(6)) == ["node1"]);
@@ -597,6 +626,7 @@ pub(super) mod tests {
                 verdict: IsolationVerdict::Proved,
                 since: stored_time(now()),
                 environment: node1().environment,
+                control: Control::Node,
                 classes: Vec::new(),
                 starts: Starts::default(),
             })
@@ -627,7 +657,7 @@ pub(super) mod tests {
         state.take_report("p", &node1(), &Report { start: start(0, 0), ..report() }, now());
         for (answered, last_ms) in [(2, 340), (1, 12)] {
             let mark = state.policies_mark().expect("a mark");
-            state.ask("p", challenge(), mark);
+            state.ask("p", challenge(), mark, Control::Node);
             state.take_report("p", &node1(), &Report { start: start(answered, last_ms), ..report() }, now());
         }
         assert_eq!(state.isolation["node1"].starts, Starts { pods: 3, leaks: 2, latest_milliseconds: 340 });
@@ -650,8 +680,13 @@ pub(super) mod tests {
         assert!(state.take_report("p", &node1(), &report(), now()).1.is_some());
         let before = state.isolation["node1"].clone();
         let mark = state.policies_mark().expect("a mark");
-        state.ask("p", Challenge { required: vec!["10.96.0.9:8443".parse().expect("an address")], ..challenge() }, mark);
+        state.ask("p", Challenge { required: vec!["10.96.0.9:8443".parse().expect("an address")], ..challenge() }, mark, Control::Node);
         assert!(state.take_report("p", &node1(), &report(), now() + SignedDuration::from_secs(30)).1.is_none());
         assert_eq!(state.isolation["node1"], before, "it would be written anew at every proof");
+        let mark = state.policies_mark().expect("a mark");
+        state.ask("p", challenge(), mark, Control::Operator);
+        let told = state.take_report("p", &node1(), &report(), now()).1.expect("another control is news");
+        assert_eq!(told.control, Control::Operator);
+        assert!(super::told(&[told], &[]).2.contains("without a sentinel on 1 of them, held against the operator alone: node1"));
     }
 }

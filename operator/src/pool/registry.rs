@@ -12,6 +12,7 @@ use mayfly_crds::{Enforcement, Failure, NodeIsolation};
 use serde::Serialize;
 use tokio::sync::{Notify, mpsc};
 
+use super::dialects::Names;
 use super::nodes::PoolNode;
 use super::proof::PodProof;
 use super::validate::Source;
@@ -153,8 +154,8 @@ pub(crate) struct PoolState {
     pub(crate) addresses: Option<(Vec<IpAddr>, Timestamp)>,
     /// The forge's addresses and port, as pods reach them.
     pub(crate) forge_endpoints: Vec<SocketAddr>,
-    /// Whether the network engine knows host names.
-    pub(crate) knows_names: bool,
+    /// Whether the network engine opens host names.
+    pub(crate) names: Names,
     /// What a pod has to prove before it is registered.
     pub(crate) enforcement: Enforcement,
     /// What each pod proved of its isolation.

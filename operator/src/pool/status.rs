@@ -5,6 +5,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use mayfly_crds::conditions::{self, Verdict, reasons};
 use mayfly_crds::{Counts, EgressHost, IsolationVerdict, NodeIsolation, RunnerPoolStatus, ScaleSetStatus, Starts, WaitingJob};
 
+use super::dialects::Names;
 use super::gather::{GatherError, Observed, WAITING_TOLD};
 use super::nodes::PoolNode;
 use super::plan::{Plan, Role};
@@ -177,17 +178,19 @@ fn hosts(opened: &[EgressHost], state: &PoolState) -> Option<Verdict> {
         0 => first.host.clone(),
         more => format!("{} and {more} more", first.host),
     };
-    Some(match (state.knows_names, state.policies.is_some()) {
-        (true, true) => Verdict::yes(type_, reasons::OK, format!("{names}: opened by a CiliumNetworkPolicy")),
-        (true, false) => Verdict::unknown(type_, reasons::NOT_PREPARED, "the pool's policies were not applied yet"),
-        (false, _) => {
-            let message = format!(
-                "{names}: closed to jobs, which run all the same. The cluster's network engine knows no host names: that takes Cilium and \
-                 its CiliumNetworkPolicy. Name address ranges in isolation.egress.allow instead."
-            );
-            Verdict::no(type_, reasons::ENGINE_CANNOT, message)
+    let why = match (state.names, state.policies.is_some()) {
+        (Names::Known, true) => return Some(Verdict::yes(type_, reasons::OK, format!("{names}: opened by a CiliumNetworkPolicy"))),
+        (Names::Known, false) => return Some(Verdict::unknown(type_, reasons::NOT_PREPARED, "the pool's policies were not applied yet")),
+        (Names::NoEngine, _) => {
+            "The cluster's network engine knows no host names: that takes Cilium and its CiliumNetworkPolicy. Name address ranges in \
+             isolation.egress.allow instead."
         }
-    })
+        (Names::NoProxy, _) => {
+            "Cilium's L7 proxy is off (enable-l7-proxy in its ConfigMap cilium-config), and without it Cilium knows no host names. Turn it \
+             on, or name address ranges in isolation.egress.allow instead."
+        }
+    };
+    Some(Verdict::no(type_, reasons::ENGINE_CANNOT, format!("{names}: closed to jobs, which run all the same. {why}")))
 }
 
 /// What to say where host names are found to be closed and were not before.
@@ -241,19 +244,20 @@ mod tests {
     #[test]
     fn host_names_without_an_engine_that_knows_them_are_told_once() {
         let opened = [EgressHost { host: "registry.example.org".to_owned(), ports: vec![443] }];
-        let state = |knows_names: bool| PoolState { knows_names, policies: Some(Default::default()), ..PoolState::default() };
+        let state = |names: Names| PoolState { names, policies: Some(Default::default()), ..PoolState::default() };
         let told = |state: &PoolState| {
             let now = stored_time(Timestamp::UNIX_EPOCH);
             let conditions = conditions::merge(&[], hosts(&opened, state).as_slice(), None, &now);
             RunnerPoolStatus { conditions, ..RunnerPoolStatus::default() }
         };
-        let (nothing, closed, open) = (RunnerPoolStatus::default(), told(&state(false)), told(&state(true)));
+        let (nothing, closed, open) = (RunnerPoolStatus::default(), told(&state(Names::NoEngine)), told(&state(Names::Known)));
         assert!(
             newly_closed_hosts(&nothing, &closed).is_some_and(|why| why.contains("registry.example.org") && why.contains("egress.allow"))
         );
         assert!(newly_closed_hosts(&open, &closed).is_some() && newly_closed_hosts(&closed, &closed).is_none());
         assert!(newly_closed_hosts(&closed, &open).is_none() && open.conditions[0].status == "True");
-        assert_eq!(told(&PoolState { knows_names: true, ..PoolState::default() }).conditions[0].status, "Unknown");
-        assert!(hosts(&[], &state(false)).is_none());
+        assert!(newly_closed_hosts(&open, &told(&state(Names::NoProxy))).is_some_and(|why| why.contains("L7 proxy")));
+        assert_eq!(told(&PoolState { names: Names::Known, ..PoolState::default() }).conditions[0].status, "Unknown");
+        assert!(hosts(&[], &state(Names::NoEngine)).is_none());
     }
 }

@@ -7,6 +7,8 @@
 //! - `/v1/proof`, body [`mayfly_proof::Report`]: 204 taken; 409 not an answer to the last challenge, or the policies changed meanwhile.
 //! - `/v1/registration`, no body: 200 with the registration as the runner program reads it; 204 no job yet, ask again; 428 prove
 //!   first.
+//! - `/v1/control`, body [`mayfly_proof::Looked`] or none, from sentinels alone: 200 with what to try next ([`mayfly_proof::Look`]); 204 nothing
+//!   yet, ask again.
 //! - `/v1/job`, no body: 200 with the job that the pod's runner has, in words, when the pool has accepted it; 204 not yet, ask again.
 
 use std::sync::Arc;
@@ -21,7 +23,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 use kube::runtime::reflector::ObjectRef;
 use mayfly_crds::names::{GATE_AUDIENCE, LABEL_POOL};
-use mayfly_proof::{Challenge, Report};
+use mayfly_proof::{Challenge, Look, Looked, Report};
 use tower::limit::GlobalConcurrencyLimitLayer;
 
 use super::identity::{Identities, IdentityError, PodIdentity};
@@ -33,6 +35,8 @@ use crate::pool::{Context, NoJob, PoolHandle, PoolKey};
 const PATIENCE: Duration = Duration::from_secs(50);
 /// Longest report, in bytes.
 const MAX_REPORT: usize = 64 << 10;
+/// Sentinels served at the same time: one a node.
+const SENTINELS: usize = 8_192;
 /// Gates served at the same time.
 const GATES: usize = 4_096;
 
@@ -45,13 +49,18 @@ pub(crate) struct GateApi {
 /// The routes.
 pub(crate) fn router(ctx: Arc<Context>) -> Router {
     let identities = Identities::new(ctx.io.clone(), GATE_AUDIENCE);
+    let api = Arc::new(GateApi { ctx, identities });
+    let sentinels = Router::new()
+        .route("/v1/control", post(control).layer(DefaultBodyLimit::max(MAX_REPORT)))
+        .layer(GlobalConcurrencyLimitLayer::new(SENTINELS));
     Router::new()
         .route("/v1/registration", post(registration).layer(DefaultBodyLimit::max(0)))
         .route("/v1/job", post(job).layer(DefaultBodyLimit::max(0)))
         .route("/v1/challenge", post(challenge).layer(DefaultBodyLimit::max(0)))
         .route("/v1/proof", post(proof).layer(DefaultBodyLimit::max(MAX_REPORT)))
         .layer(GlobalConcurrencyLimitLayer::new(GATES))
-        .with_state(Arc::new(GateApi { ctx, identities }))
+        .merge(sentinels)
+        .with_state(api)
 }
 
 /// An answer other than a registration.
@@ -107,16 +116,35 @@ async fn proof(State(api): State<Arc<GateApi>>, headers: HeaderMap, report: Json
     }
 }
 
-/// Who calls: the pod as it proved to be, as the watch knows it, and its pool.
-async fn caller(api: &GateApi, headers: &HeaderMap) -> Result<(PodIdentity, Arc<Pod>, Arc<PoolHandle>), Refusal> {
-    let authorization = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let identity = api.identities.identify(authorization).await.map_err(|error| match error {
+/// What a sentinel is to try next, where it is.
+async fn control(State(api): State<Arc<GateApi>>, headers: HeaderMap, body: axum::body::Bytes) -> Result<Json<Look>, Refusal> {
+    let account = &api.ctx.settings.sentinel_account;
+    let caller = api.identities.of_account(authorization(&headers), account).await.map_err(refused)?;
+    let node = caller.node.ok_or(Refusal(StatusCode::UNAUTHORIZED, "the API server does not say which node the token's pod is on"))?;
+    let found: Option<Looked> = match body.is_empty() {
+        true => None,
+        false => Some(serde_json::from_slice(&body).map_err(|_| Refusal(StatusCode::BAD_REQUEST, "not what was asked for"))?),
+    };
+    api.ctx.controls.serve(&node, found).await.map(Json).ok_or(Refusal(StatusCode::NO_CONTENT, ""))
+}
+
+fn authorization(headers: &HeaderMap) -> Option<&str> {
+    headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok())
+}
+
+fn refused(error: IdentityError) -> Refusal {
+    match error {
         IdentityError::Refused(why) => Refusal(StatusCode::UNAUTHORIZED, why),
         IdentityError::Unavailable(error) => {
             tracing::warn!(%error, "a token could not be reviewed");
             Refusal(StatusCode::SERVICE_UNAVAILABLE, "the token could not be reviewed")
         }
-    })?;
+    }
+}
+
+/// Who calls: the pod as it proved to be, as the watch knows it, and its pool.
+async fn caller(api: &GateApi, headers: &HeaderMap) -> Result<(PodIdentity, Arc<Pod>, Arc<PoolHandle>), Refusal> {
+    let identity = api.identities.identify(authorization(headers)).await.map_err(refused)?;
     let (pod, handle) = pool_of(&api.ctx, &identity)?;
     Ok((identity, pod, handle))
 }

@@ -14,6 +14,8 @@ use crate::kube_io::{KubeIo, WriteError};
 
 const POD_NAME: &str = "authentication.kubernetes.io/pod-name";
 const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
+/// Told since Kubernetes 1.30.
+const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
 /// Longest token looked at, in bytes.
 const MAX_TOKEN: usize = 8 << 10;
 /// Reviews at the same time: what is not authenticated yet must not become a load on the API server.
@@ -27,6 +29,17 @@ pub(crate) struct PodIdentity {
     pub(crate) namespace: String,
     pub(crate) name: String,
     pub(crate) uid: String,
+}
+
+/// Whose token it is, as the API server says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Caller {
+    /// The whole user name.
+    account: String,
+    /// Name and UID of the pod that the token is bound to.
+    pod: Option<(String, String)>,
+    /// The node of that pod.
+    pub(crate) node: Option<String>,
 }
 
 /// Why a caller is not let in.
@@ -44,7 +57,7 @@ pub(crate) enum IdentityError {
 pub(crate) struct Identities {
     io: KubeIo,
     audience: &'static str,
-    known: moka::sync::Cache<[u8; 32], PodIdentity>,
+    known: moka::sync::Cache<[u8; 32], Caller>,
     reviews: Semaphore,
 }
 
@@ -57,43 +70,69 @@ impl Identities {
 
     /// The pod that this `Authorization` header speaks for.
     pub(crate) async fn identify(&self, authorization: Option<&str>) -> Result<PodIdentity, IdentityError> {
-        let token = authorization.and_then(|header| header.strip_prefix("Bearer "));
-        self.identify_token(token.ok_or(IdentityError::Refused("a bearer token is required"))?).await
-    }
-
-    /// Whether this `Authorization` header is this account's, by its whole user name.
-    pub(crate) async fn is_account(&self, authorization: Option<&str>, account: &str) -> Result<(), IdentityError> {
-        let token = authorization.and_then(|header| header.strip_prefix("Bearer "));
-        let token = token.filter(|token| !token.is_empty() && token.len() <= MAX_TOKEN);
-        let token = token.ok_or(IdentityError::Refused("a bearer token is required"))?;
-        let permit = self.reviews.acquire().await;
-        let review = self.io.review_token(token, self.audience).await?;
-        drop(permit);
-        match user_of(&review, self.audience).map_err(IdentityError::Refused)?.username.as_deref() == Some(account) {
-            true => Ok(()),
-            false => Err(IdentityError::Refused("the token is somebody else's")),
-        }
+        self.identify_token(bearer(authorization)?).await
     }
 
     /// The pod that this token speaks for.
     pub(crate) async fn identify_token(&self, token: &str) -> Result<PodIdentity, IdentityError> {
+        self.caller(token).await?.runner_pod().map_err(IdentityError::Refused)
+    }
+
+    /// Whoever this `Authorization` header speaks for, if that is this account, by its whole user name.
+    pub(crate) async fn of_account(&self, authorization: Option<&str>, account: &str) -> Result<Caller, IdentityError> {
+        let caller = self.caller(bearer(authorization)?).await?;
+        match caller.account == account {
+            true => Ok(caller),
+            false => Err(IdentityError::Refused("the token is somebody else's")),
+        }
+    }
+
+    async fn caller(&self, token: &str) -> Result<Caller, IdentityError> {
         if token.is_empty() || token.len() > MAX_TOKEN {
             return Err(IdentityError::Refused("the token has no sound length"));
         }
         let digest: [u8; 32] = Sha256::digest(token.as_bytes()).into();
-        if let Some(identity) = self.known.get(&digest) {
-            return Ok(identity);
+        if let Some(caller) = self.known.get(&digest) {
+            return Ok(caller);
         }
         let permit = self.reviews.acquire().await;
         let review = self.io.review_token(token, self.audience).await?;
         drop(permit);
-        let identity = pod_of(&review, self.audience).map_err(IdentityError::Refused)?;
-        self.known.insert(digest, identity.clone());
-        Ok(identity)
+        let caller = caller_of(&review, self.audience).map_err(IdentityError::Refused)?;
+        self.known.insert(digest, caller.clone());
+        Ok(caller)
+    }
+}
+
+fn bearer(authorization: Option<&str>) -> Result<&str, IdentityError> {
+    authorization.and_then(|header| header.strip_prefix("Bearer ")).ok_or(IdentityError::Refused("a bearer token is required"))
+}
+
+impl Caller {
+    /// The runner pod that it is; every doubt is a refusal.
+    fn runner_pod(self) -> Result<PodIdentity, &'static str> {
+        let account = self.account.strip_prefix("system:serviceaccount:");
+        let namespace = match account.and_then(|account| account.split_once(':')) {
+            Some((namespace, RUNNER_SERVICE_ACCOUNT)) => namespace.to_owned(),
+            _ => return Err("the token is not a runner pod's"),
+        };
+        let (name, uid) = self.pod.ok_or("the token is not bound to a pod")?;
+        Ok(PodIdentity { namespace, name, uid })
     }
 }
 
 /// Whose token it is; every doubt is a refusal.
+fn caller_of(review: &TokenReview, wanted: &str) -> Result<Caller, &'static str> {
+    let user = user_of(review, wanted)?;
+    let extra = |key: &str| match user.extra.as_ref().and_then(|extra| extra.get(key)).map(Vec::as_slice) {
+        Some([value]) if !value.is_empty() => Some(value.clone()),
+        _ => None,
+    };
+    let account = user.username.clone().ok_or("the token names nobody")?;
+    Ok(Caller { account, pod: extra(POD_NAME).zip(extra(POD_UID)), node: extra(NODE_NAME) })
+}
+
+/// Whom a review speaks of; every doubt is a refusal.
 fn user_of<'a>(review: &'a TokenReview, wanted: &str) -> Result<&'a UserInfo, &'static str> {
     let status = review.status.as_ref().ok_or("the API server did not judge the token")?;
     if status.authenticated != Some(true) || status.error.as_ref().is_some_and(|error| !error.is_empty()) {
@@ -103,24 +142,6 @@ fn user_of<'a>(review: &'a TokenReview, wanted: &str) -> Result<&'a UserInfo, &'
         return Err("the token is meant for somebody else");
     }
     status.user.as_ref().ok_or("the token names nobody")
-}
-
-/// The pod a review speaks of; every doubt is a refusal.
-fn pod_of(review: &TokenReview, wanted: &str) -> Result<PodIdentity, &'static str> {
-    let user = user_of(review, wanted)?;
-    let account = user.username.as_deref().and_then(|name| name.strip_prefix("system:serviceaccount:"));
-    let namespace = match account.and_then(|account| account.split_once(':')) {
-        Some((namespace, RUNNER_SERVICE_ACCOUNT)) => namespace,
-        _ => return Err("the token is not a runner pod's"),
-    };
-    let extra = |key: &str| match user.extra.as_ref().and_then(|extra| extra.get(key)).map(Vec::as_slice) {
-        Some([value]) if !value.is_empty() => Some(value.clone()),
-        _ => None,
-    };
-    match (extra(POD_NAME), extra(POD_UID)) {
-        (Some(name), Some(uid)) => Ok(PodIdentity { namespace: namespace.to_owned(), name, uid }),
-        _ => Err("the token is not bound to a pod"),
-    }
 }
 
 #[cfg(test)]
@@ -135,7 +156,7 @@ mod tests {
             "authenticated": true, "audiences": [GATE_AUDIENCE],
             "user": {"username": "system:serviceaccount:team:mayfly-runner", "extra": {POD_NAME: ["p"], POD_UID: ["u"]}}}});
         change(&mut review);
-        pod_of(&serde_json::from_value(review).expect("a TokenReview"), GATE_AUDIENCE)
+        caller_of(&serde_json::from_value(review).expect("a TokenReview"), GATE_AUDIENCE)?.runner_pod()
     }
 
     #[test]

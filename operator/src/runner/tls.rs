@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context as _, Result, anyhow};
 use jiff::{SignedDuration, Timestamp, tz::TimeZone};
 use k8s_openapi::ByteString;
-use k8s_openapi::api::core::v1::Secret;
+use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::{Api, ResourceExt};
 use mayfly_crds::names::{LABEL_MANAGED_BY, MANAGED_BY};
@@ -93,6 +93,16 @@ pub(crate) fn generate(names: &[String]) -> Result<(GateTls, Timestamp)> {
     let certificate = leaf.signed_by(&key, &issuer)?.pem();
     let key = crate::forge::Secret::new(key.serialize_pem());
     Ok((GateTls { authority: authority_pem, certificate, key }, not_after))
+}
+
+/// What is public of it, for those who may not see the Secret, in a ConfigMap that is there.
+pub(crate) async fn publish(io: &KubeIo, namespace: &str, config_map: &str, authority: &str) -> Result<()> {
+    let object = ConfigMap {
+        metadata: ObjectMeta { name: Some(config_map.to_owned()), ..ObjectMeta::default() },
+        data: Some(BTreeMap::from([("ca.crt".to_owned(), authority.to_owned())])),
+        ..ConfigMap::default()
+    };
+    io.apply(namespace, &object).await.map(drop).with_context(|| format!("writing ConfigMap {namespace}/{config_map}"))
 }
 
 /// The Secret that keeps it.

@@ -5,10 +5,12 @@ use std::time::Duration;
 
 use anyhow::Result;
 use futures::StreamExt;
+use k8s_openapi::api::core::v1::ConfigMap;
 use kube::api::Api;
 use kube::core::PartialObjectMeta;
 use kube::runtime::reflector::store::Writer;
 use kube::runtime::watcher::{self, Event, watcher};
+use kube::runtime::{WatchStreamExt, reflector};
 use kube::{Client, Resource, ResourceExt};
 use mayfly_crds::names::{LABEL_POOL, managed_selector};
 use tokio::task::JoinSet;
@@ -19,22 +21,29 @@ use crate::pool::{Dialects, PoolKey, Pools};
 
 /// How often the API server is asked for a kind that it does not serve.
 const LOOK: Duration = Duration::from_secs(120);
+/// Where Cilium's agents have their settings, and the one of them that says whether they know host names.
+const CILIUM_CONFIG: &str = "cilium-config";
+const L7_PROXY: &str = "enable-l7-proxy";
 /// After a call that failed.
 const RETRY: Duration = Duration::from_secs(5);
 
 /// Starts to follow the pools' policies in Cilium's dialect. Where it comes, goes or changes, pools look again.
 pub(super) fn start(
     client: &Client,
+    cilium_namespace: &str,
     registry: &Arc<Pools>,
     parts: &mut JoinSet<Result<&'static str>>,
     stop: &CancellationToken,
 ) -> Arc<Dialects> {
     let writer = Writer::default();
     let dialects = Arc::new(Dialects::new(writer.as_reader()));
-    let following = follow(client.clone(), registry.clone(), dialects.clone(), writer);
+    let following = futures::future::join(
+        follow(client.clone(), registry.clone(), dialects.clone(), writer),
+        follow_settings(Api::namespaced(client.clone(), cilium_namespace), registry.clone(), dialects.clone()),
+    );
     let stop = stop.clone();
     parts.spawn(async move {
-        tokio::select! { () = following => {}, () = stop.cancelled() => {} }
+        tokio::select! { ((), ()) = following => {}, () = stop.cancelled() => {} }
         Ok("dialects")
     });
     dialects
@@ -89,6 +98,28 @@ async fn follow(client: Client, registry: Arc<Pools>, dialects: Arc<Dialects>, m
         }
         tokio::time::sleep(RETRY).await;
     }
+}
+
+/// Follows Cilium's settings, where it has any that may be read: an agent whose proxy is off takes no policy about names.
+async fn follow_settings(api: Api<ConfigMap>, registry: Arc<Pools>, dialects: Arc<Dialects>) {
+    let config = watcher::Config::default().fields(&format!("metadata.name={CILIUM_CONFIG}"));
+    let (reader, writer) = reflector::store();
+    let mut changes = std::pin::pin!(reflector::reflector(writer, watcher(api, config)).default_backoff());
+    while let Some(event) = changes.next().await {
+        if let Err(error) = event {
+            tracing::warn!(%error, "watch of Cilium's settings");
+            continue;
+        }
+        if dialects.note_proxy(reader.state().iter().all(|settings| has_proxy(settings))) {
+            tracing::info!("Cilium's L7 proxy was turned on or off");
+            registry.all().iter().for_each(|handle| registry.wake(handle.key.clone()));
+        }
+    }
+}
+
+/// It is on where nothing is said.
+fn has_proxy(settings: &ConfigMap) -> bool {
+    settings.data.as_ref().and_then(|data| data.get(L7_PROXY)).is_none_or(|value| value != "false")
 }
 
 /// Whether the API server has Cilium's policies. That it has not is normal.

@@ -54,6 +54,7 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
     let io = KubeIo::new(client.clone(), settings.instance.clone(), metrics.clone());
     let gate_tls = tls::load_or_create(&io, &namespace, &settings.gate_secret, &settings.gate_names).await?;
     settings.pods.gate_ca = gate_tls.authority.clone();
+    tls::publish(&io, &namespace, &settings.gate_authority, &gate_tls.authority).await?;
     if let Some((name, secret)) = &settings.broker {
         let broker_tls = tls::load_or_create(&io, &namespace, secret, std::slice::from_ref(name)).await?;
         if let Some(access) = &mut settings.pods.broker {
@@ -68,7 +69,7 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
     let (stores, root) = watches::start(&client, &namespace, &registry, &deaf, &mut parts, &stop);
     let trusted = settings.issuers.clone();
     let bindings = trusted.map(|trusted| bindings::start(&client, &io, &registry, trusted, &mut parts, &stop));
-    let dialects = dialects::start(&client, &registry, &mut parts, &stop);
+    let dialects = dialects::start(&client, &settings.cilium_namespace, &registry, &mut parts, &stop);
     let pools = stores.pools.clone();
     let ctx = Arc::new(Context {
         io,

@@ -49,8 +49,8 @@ pub(super) fn router(ctx: Arc<Context>, broker: String) -> Router {
 
 async fn refusals(State(desk): State<Arc<Desk>>, headers: HeaderMap, body: axum::body::Bytes) -> StatusCode {
     let authorization = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-    match desk.identities.is_account(authorization, &desk.broker).await {
-        Ok(()) => {}
+    match desk.identities.of_account(authorization, &desk.broker).await {
+        Ok(_) => {}
         Err(IdentityError::Refused(_)) => return StatusCode::UNAUTHORIZED,
         Err(IdentityError::Unavailable(_)) => return StatusCode::SERVICE_UNAVAILABLE,
     }
@@ -111,10 +111,10 @@ mod tests {
             review("system:serviceaccount:mayfly-system:mayfly-broker2", GATE_AUDIENCE),
         ];
         let identities = Identities::new(KubeIo::new(Server::new(answers).client(), None, Metrics::new()), GATE_AUDIENCE);
-        assert!(identities.is_account(None, broker).await.is_err() && identities.is_account(Some("Bearer "), broker).await.is_err());
+        assert!(identities.of_account(None, broker).await.is_err() && identities.of_account(Some("Bearer "), broker).await.is_err());
         let mut known = Vec::new();
-        for _ in 0..4 {
-            known.push(identities.is_account(Some("Bearer token"), broker).await.is_ok());
+        for n in 0..4 {
+            known.push(identities.of_account(Some(&format!("Bearer token{n}")), broker).await.is_ok());
         }
         assert_eq!(known, [true, false, false, false]);
     }

@@ -12,7 +12,12 @@ use serde_json::json;
 
 use super::*;
 
-const QUICK: Rhythm = Rhythm { least: Duration::from_millis(200), refresh: Duration::from_millis(400), stale: Duration::from_secs(3600) };
+const QUICK: Rhythm = Rhythm {
+    least: Duration::from_millis(200),
+    first: Duration::from_millis(200),
+    refresh: Duration::from_millis(400),
+    stale: Duration::from_secs(3600),
+};
 
 fn config(issuer: &str) -> IssuerConfig {
     IssuerConfig { issuer: issuer.to_owned(), algorithms: default_algorithms(), max_age_seconds: 900, certificate_authority_file: None }
@@ -156,6 +161,20 @@ async fn whatever_is_thrown_at_it_keys_are_fetched_once_in_the_time() {
     let all = (0..2_000).map(|_| issuers.verify(&unknown, now()));
     assert!(futures::future::join_all(all).await.iter().all(|result| *result == Err(VerifyError::UnknownKey)));
     assert_eq!(hostile.fetches(), 1);
+}
+
+#[tokio::test]
+async fn an_issuer_that_has_given_no_keys_yet_is_asked_again_soon() {
+    let rhythm = Rhythm { first: Duration::from_millis(50), ..Rhythm::default() };
+    let documents: [(Document, bool); 2] = [(|_| (503, String::new()), true), (honest, false)];
+    for (discovery, again) in documents {
+        let key = RsaKey::generate().expect("a key");
+        let issuer = Hostile::start(discovery, key_set(&[key.jwk()])).await;
+        let issuers = issuers(&issuer.name, rhythm);
+        assert!(tokio::time::timeout(Duration::from_millis(500), issuers.keep_fresh()).await.is_err());
+        assert_eq!(issuer.fetches() > 2, again, "{}", issuer.fetches());
+        assert!(issuer.fetches() > 0);
+    }
 }
 
 #[tokio::test]

@@ -172,3 +172,47 @@ async fn a_deletion_the_api_server_refuses_is_not_told_as_done() {
     assert!(state.spawned.contains_key("p"), "the pod is still ours");
     assert_eq!((state.start_failures, state.last_failure.as_ref()), (0, None));
 }
+
+#[tokio::test]
+async fn only_a_sentinel_tells_what_answers_on_its_node_and_only_of_its_own() {
+    use axum::body::Body;
+    use tower::ServiceExt;
+
+    const NODE: &str = "authentication.kubernetes.io/node-name";
+    let review = |account: &str, audience: &str, node: Option<&str>| {
+        let extra = node.map_or_else(|| json!({}), |node| json!({NODE: [node]}));
+        let user = json!({"username": format!("system:serviceaccount:{account}"), "extra": extra});
+        Answer::Object(json!({"spec": {}, "status": {"authenticated": true, "audiences": [audience], "user": user}}))
+    };
+    let ours = mayfly_crds::names::GATE_AUDIENCE;
+    let server = Server::new([
+        review("team:mayfly-runner", ours, Some("node1")),
+        review("team:mayfly-sentinel", ours, Some("node1")),
+        review("m:mayfly-sentinel", "another", Some("node1")),
+        review("m:mayfly-sentinel", ours, None),
+        review("m:mayfly-sentinel", ours, Some("node1")),
+        review("m:mayfly-sentinel", ours, Some("node1")),
+    ]);
+    let ctx = context(&server, &[]);
+    let router = crate::runner::handoff::router(ctx.clone());
+    let call = async |token: u8, body: &'static str| {
+        let request = axum::http::Request::post("/v1/control").header("Authorization", format!("Bearer {token}"));
+        router.clone().oneshot(request.body(Body::from(body)).expect("a request")).await.expect("an answer").status().as_u16()
+    };
+    for token in 0..4 {
+        assert_eq!(call(token, "").await, 401, "token {token}");
+    }
+    assert_eq!(call(4, "{}").await, 400, "not what was asked for");
+    let endpoint = mayfly_proof::Endpoint::tcp(([127, 0, 0, 1], 1).into());
+    let look = async {
+        loop {
+            // It asks once the sentinel is there, which does not tell what it found.
+            assert!(!ctx.controls.look(Some("node1"), &[endpoint]).await.beside);
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    };
+    tokio::select! {
+        status = call(5, "") => assert_eq!(status, 200, "a question"),
+        () = look => {}
+    }
+}
