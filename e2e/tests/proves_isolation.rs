@@ -342,8 +342,15 @@ async fn policies_outlive_pods() -> Result<()> {
     let stage = Stage::set("outlive").await?;
     stage.pool(|_| {}).await?;
     stage.hook()?;
-    stage.push("app", &[("ci.yml", &workflow("push", "sleep 300"))], 1).await?;
-    stage.a_pod("with its job", |pod| pod.annotations().contains_key(ANNOTATION_JOB)).await?;
+    // Some with their job, some on the way.
+    for repository in ["one", "two", "three", "four"] {
+        stage.push(repository, &[("ci.yml", &workflow("push", "sleep 300"))], 1).await?;
+    }
+    eventually("two pods with their jobs", PATIENCE, || async {
+        let busy = stage.pods().await?.iter().filter(|pod| pod.annotations().contains_key(ANNOTATION_JOB)).count();
+        Ok((busy >= 2).then_some(()))
+    })
+    .await?;
     let namespaces: Api<k8s_openapi::api::core::v1::Namespace> = Api::all(stage.world.client.clone());
     let policies: Api<NetworkPolicy> = Api::namespaced(stage.world.client.clone(), &stage.namespace);
     namespaces.delete(&stage.namespace, &DeleteParams::background()).await?;

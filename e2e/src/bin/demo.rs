@@ -83,10 +83,6 @@ async fn demo(forge: ForgeName) -> Result<()> {
     let progress = Progress::stderr();
     let cluster = Cluster::up(Options::default(), &progress)?;
     let world = World::connect().await?;
-    if forge == ForgeName::Github {
-        // As the real one, it is there before the broker looks for its keys, which it does once a minute.
-        github::start(&world).await?;
-    }
     install::install(&cluster, &progress)?;
     match cluster.provider() {
         // It answers, so that "no answer" in the job means something.
@@ -109,6 +105,10 @@ async fn demo(forge: ForgeName) -> Result<()> {
 
     let watching = tokio::spawn(watch_pods(world.clone(), story));
     let jobs = follow(&stand, &seen, &story).await?;
+    if let Some(job) = jobs.iter().find(|job| job.conclusion != "success") {
+        say(&stand.log(job.id).await?);
+        bail!("job {} \"{}\" ended with {:?}; its log is above", job.id, job.name, job.conclusion);
+    }
     let log = eventually("the log of the job", Duration::from_secs(20), || async {
         let log = stand.log(jobs[0].id).await?;
         // The forge has the last lines a moment after the job's end.
@@ -136,9 +136,7 @@ async fn demo(forge: ForgeName) -> Result<()> {
 
     let pods = pool::pods(&world, NAMESPACE, POOL).await?.len();
     let registrations = stand.registrations(&world).await?;
-    let ran = jobs.iter().filter(|job| job.conclusion == "success").count();
-    say(&format!("demo: {ran} jobs ran, {pods} pods left, {registrations} registrations left"));
-    ensure!(ran == jobs.len() && ran > 0, "{} of {} jobs succeeded", ran, jobs.len());
+    say(&format!("demo: {} jobs ran, {pods} pods left, {registrations} registrations left", jobs.len()));
     ensure!(pods == 0 && registrations == 0, "something is left");
     Ok(())
 }

@@ -382,4 +382,6 @@ fn no_token(error: VerifyError) -> Denial {
 }
 
 #[cfg(test)]
+mod figures;
+#[cfg(test)]
 mod tests;

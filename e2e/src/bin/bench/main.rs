@@ -3,6 +3,7 @@
 
 mod github;
 mod measure;
+mod process;
 
 use std::fs;
 use std::io::Write;
@@ -69,6 +70,7 @@ async fn bench(arguments: &Arguments) -> Result<()> {
     let cluster = Cluster::up(Options::default(), &progress)?;
     install::install(&cluster, &progress)?;
     let mut figures = Figures::default();
+    process::broker(&mut figures)?;
     if arguments.forge != Some(ForgeName::Gitea) {
         github::bursts(arguments.quick, &mut figures).await?;
         github::credentials(arguments.quick, &mut figures).await?;

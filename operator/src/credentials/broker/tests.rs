@@ -23,19 +23,19 @@ use crate::kube_io::KubeIo;
 use crate::kube_io::scripted::{Answer, Server};
 
 /// Everything around a broker.
-struct Stage {
+pub(super) struct Stage {
     _server: server::Server,
     simulator: Simulator,
-    issuer: String,
+    pub(super) issuer: String,
     sts: Sts,
     audit: Memory,
     pods: reflector::store::Writer<Pod>,
-    bindings: reflector::store::Writer<Guarded<CredentialBinding>>,
-    broker: Arc<Broker>,
+    pub(super) bindings: reflector::store::Writer<Guarded<CredentialBinding>>,
+    pub(super) broker: Arc<Broker>,
     left: tokio::sync::mpsc::Receiver<Refusal>,
 }
 
-fn now() -> i64 {
+pub(super) fn now() -> i64 {
     Timestamp::now().as_second()
 }
 
@@ -57,14 +57,14 @@ fn pod(name: &str, uid: &str, job: &Value) -> Pod {
     serde_json::from_value(pod).expect("a pod")
 }
 
-fn review(name: &str, uid: &str) -> Answer {
+pub(super) fn review(name: &str, uid: &str) -> Answer {
     Answer::Object(json!({"spec": {}, "status": {
         "authenticated": true, "audiences": [BROKER_AUDIENCE],
         "user": {"username": "system:serviceaccount:ci:mayfly-runner", "extra": {
             "authentication.kubernetes.io/pod-name": [name], "authentication.kubernetes.io/pod-uid": [uid]}}}}))
 }
 
-fn binding(issuer: &str, sts: &str) -> Guarded<CredentialBinding> {
+pub(super) fn binding(issuer: &str, sts: &str) -> Guarded<CredentialBinding> {
     let binding = json!({
         "apiVersion": "mayfly.dev/v1alpha1", "kind": "CredentialBinding",
         "metadata": {"name": "deploy", "namespace": "ci", "uid": "b-uid", "generation": 1},
@@ -92,7 +92,12 @@ where
 
 impl Stage {
     /// Two pods run two jobs of one run. The API server knows the tokens `pod-1` and `pod-2` in the order in which they come.
-    async fn set(reviews: Vec<Answer>) -> Self {
+    pub(super) async fn set(reviews: Vec<Answer>) -> Self {
+        Self::remembering(reviews, 100).await
+    }
+
+    /// The same with a broker that remembers so many spent tokens.
+    pub(super) async fn remembering(reviews: Vec<Answer>, remembered: usize) -> Self {
         let server = server::Server::start(server::Config::default()).await.expect("a simulator");
         let issuer = format!("{}/_services/token", server.url);
         let simulator = Simulator::new(&server.url, b"");
@@ -117,7 +122,7 @@ impl Stage {
             providers: Providers::new(http),
             audit: Audit::new(audit.clone()),
             metrics,
-            remembered: 100,
+            remembered,
             alone: false,
             reports: Some(reports),
         });
@@ -125,7 +130,7 @@ impl Stage {
     }
 
     /// A token of the first pod's job, changed.
-    async fn token(&self, change: impl Fn(&mut Value)) -> String {
+    pub(super) async fn token(&self, change: impl Fn(&mut Value)) -> String {
         let mut claims = json!({
             "iss": self.issuer, "aud": "deploy.example", "sub": "repo:acme/web:ref:refs/heads/main", "iat": now(), "nbf": now() - 600,
             "exp": now() + 300, "jti": crate::audit::uuid(), "ref": "refs/heads/main", "runner_environment": "self-hosted",
@@ -138,12 +143,18 @@ impl Stage {
         answer["token"].as_str().expect("a token").to_owned()
     }
 
+    /// How often the issuer's keys were fetched.
+    pub(super) async fn fetches(&self) -> usize {
+        let seen = self.simulator.requests(0).await.expect("requests");
+        seen.iter().filter(|request| request.path.ends_with("/jwks")).count()
+    }
+
     async fn bindings_for(&self, actor: &str) -> (StatusCode, Value) {
         let request = HttpRequest::get("/v1/bindings").header(header::AUTHORIZATION, format!("Bearer {actor}"));
         self.answer(request.body(Body::empty()).expect("a request")).await
     }
 
-    async fn ask(&self, actor: &str, subject: &str) -> (StatusCode, Value) {
+    pub(super) async fn ask(&self, actor: &str, subject: &str) -> (StatusCode, Value) {
         let kind = "urn:ietf:params:oauth:token-type:jwt";
         let body = form_urlencoded::Serializer::new(String::new())
             .extend_pairs([
