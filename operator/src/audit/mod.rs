@@ -5,12 +5,14 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
 
 use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
+use tokio::sync::{mpsc, oneshot};
 
 mod sink;
 
@@ -20,6 +22,9 @@ pub(crate) use sink::{FileSink, Sink, StdoutSink};
 const VERSION: u32 = 1;
 /// What stands before the first record of a chain.
 pub(crate) const GENESIS: &str = "0000000000000000000000000000000000000000000000000000000000000000";
+/// Events that wait for the writer, and the most that it takes at once.
+const WAITING: usize = 1_024;
+const AT_ONCE: usize = 256;
 /// What the line ends with, around the hash: it is taken away to compute the hash.
 const HASH: &str = r#","hash":""#;
 
@@ -77,7 +82,7 @@ struct Record<'a> {
 pub(crate) enum AuditError {
     /// The sink does not take it.
     #[error("the audit record could not be written: {0}")]
-    Sink(#[from] io::Error),
+    Sink(Arc<io::Error>),
     /// It cannot be written as JSON.
     #[error("the audit record cannot be written as JSON: {0}")]
     Json(#[from] serde_json::Error),
@@ -91,35 +96,84 @@ struct Chain {
     previous: String,
 }
 
-/// The trail. Clones write to the same.
+/// An event, and who waits for its record.
+struct Waiting {
+    event: Event,
+    written: oneshot::Sender<Result<(), AuditError>>,
+}
+
+/// The trail. Clones write to the same; with the last one the writer ends.
 #[derive(Clone)]
-pub(crate) struct Audit(Arc<Mutex<Chain>>);
+pub(crate) struct Audit(Arc<Writer>);
+
+/// A thread of its own: a disk takes as long as it takes, and what came meanwhile is written at once.
+struct Writer {
+    waiting: Option<mpsc::Sender<Waiting>>,
+    thread: Option<JoinHandle<()>>,
+}
 
 impl Audit {
     /// Goes on where the sink's last record ended.
     pub(crate) fn new(sink: impl Sink + 'static) -> Self {
         let previous = sink.last_hash().unwrap_or_else(|| GENESIS.to_owned());
-        Self(Arc::new(Mutex::new(Chain { sink: Box::new(sink), previous })))
+        let mut chain = Chain { sink: Box::new(sink), previous };
+        let (waiting, mut events) = mpsc::channel(WAITING);
+        let thread = thread::spawn(move || {
+            let mut batch = Vec::with_capacity(AT_ONCE);
+            while events.blocking_recv_many(&mut batch, AT_ONCE) > 0 {
+                chain.write(&mut batch);
+            }
+        });
+        Self(Arc::new(Writer { waiting: Some(waiting), thread: Some(thread) }))
     }
 
     /// Writes a record. When this returns without an error, the record is where it cannot be lost with the process.
     pub(crate) async fn write(&self, event: Event) -> Result<(), AuditError> {
-        let chain = self.0.clone();
-        // Writing to a disk takes as long as it takes: other requests go on meanwhile.
-        let written = tokio::task::spawn_blocking(move || chain.lock().unwrap_or_else(PoisonError::into_inner).write(&event));
-        written.await.map_err(|_| AuditError::Ended)?
+        let (written, told) = oneshot::channel();
+        let waiting = self.0.waiting.as_ref().ok_or(AuditError::Ended)?;
+        waiting.send(Waiting { event, written }).await.map_err(|_| AuditError::Ended)?;
+        told.await.map_err(|_| AuditError::Ended)?
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        drop(self.waiting.take());
+        if let Some(thread) = self.thread.take() {
+            // Whoever waited for a record of a writer that died was told.
+            let _ = thread.join();
+        }
     }
 }
 
 impl Chain {
-    fn write(&mut self, event: &Event) -> Result<(), AuditError> {
-        let record = Record { id: uuid(), version: VERSION, occurred_at: Timestamp::now().to_string(), event, previous: &self.previous };
-        let body = serde_json::to_string(&record)?;
-        let hash = hash_of(&body);
-        let line = format!("{}{HASH}{hash}\"}}\n", &body[..body.len() - 1]);
-        self.sink.append(&line)?;
-        self.previous = hash;
-        Ok(())
+    /// Writes all of them in one go, and tells each.
+    fn write(&mut self, batch: &mut Vec<Waiting>) {
+        let (mut lines, mut previous) = (String::new(), self.previous.clone());
+        let mut taken = Vec::with_capacity(batch.len());
+        for Waiting { event, written } in batch.drain(..) {
+            let record =
+                Record { id: uuid(), version: VERSION, occurred_at: Timestamp::now().to_string(), event: &event, previous: &previous };
+            match serde_json::to_string(&record) {
+                Ok(body) => {
+                    previous = hash_of(&body);
+                    lines.push_str(&body[..body.len() - 1]);
+                    lines.push_str(HASH);
+                    lines.push_str(&previous);
+                    lines.push_str("\"}\n");
+                    taken.push(written);
+                }
+                // Whoever waits may have given up, here and below.
+                Err(error) => drop(written.send(Err(AuditError::Json(error)))),
+            }
+        }
+        let kept = if lines.is_empty() { Ok(()) } else { self.sink.append(&lines).map_err(Arc::new) };
+        if kept.is_ok() {
+            self.previous = previous;
+        }
+        for written in taken {
+            drop(written.send(kept.clone().map_err(AuditError::Sink)));
+        }
     }
 }
 

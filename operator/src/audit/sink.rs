@@ -6,10 +6,10 @@ use std::path::Path;
 
 use super::own_hash;
 
-/// Takes lines, in order. A line whose `append` returned without an error is kept; of one that failed nothing may be left.
+/// Takes lines, in order. Lines whose `append` returned without an error are kept; of those that failed nothing may be left.
 pub(crate) trait Sink: Send {
-    /// Keeps a line, which ends with a line feed.
-    fn append(&mut self, line: &str) -> io::Result<()>;
+    /// Keeps one line or several, each with its line feed.
+    fn append(&mut self, lines: &str) -> io::Result<()>;
 
     /// The hash of the last record there is.
     fn last_hash(&self) -> Option<String> {
@@ -21,9 +21,9 @@ pub(crate) trait Sink: Send {
 pub(crate) struct StdoutSink;
 
 impl Sink for StdoutSink {
-    fn append(&mut self, line: &str) -> io::Result<()> {
+    fn append(&mut self, lines: &str) -> io::Result<()> {
         let mut out = io::stdout().lock();
-        out.write_all(line.as_bytes())?;
+        out.write_all(lines.as_bytes())?;
         out.flush()
     }
 }
@@ -61,10 +61,10 @@ impl FileSink {
 }
 
 impl Sink for FileSink {
-    fn append(&mut self, line: &str) -> io::Result<()> {
-        let written = self.file.write_all(line.as_bytes()).and_then(|()| self.file.sync_data());
+    fn append(&mut self, lines: &str) -> io::Result<()> {
+        let written = self.file.write_all(lines.as_bytes()).and_then(|()| self.file.sync_data());
         match written {
-            Ok(()) => self.length += line.len() as u64,
+            Ok(()) => self.length += lines.len() as u64,
             // Half a line would be glued to the next one.
             Err(_) => self.file.set_len(self.length)?,
         }

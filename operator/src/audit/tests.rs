@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use serde_json::json;
 
@@ -23,11 +24,11 @@ impl Memory {
 }
 
 impl Sink for Memory {
-    fn append(&mut self, line: &str) -> io::Result<()> {
+    fn append(&mut self, lines: &str) -> io::Result<()> {
         if self.fails.load(Ordering::SeqCst) {
             return Err(io::Error::other("no room"));
         }
-        self.lines.lock().unwrap_or_else(PoisonError::into_inner).push(line.to_owned());
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner).extend(lines.lines().map(str::to_owned));
         Ok(())
     }
 }
@@ -84,6 +85,21 @@ async fn a_chain_goes_on_after_a_restart_and_after_a_torn_line() {
         std::io::Write::write_all(&mut file, torn.as_bytes()).expect("written");
     }
     assert_eq!(verify(&scratch.0).expect("read"), Ok(4));
+}
+
+#[tokio::test]
+async fn records_that_come_at_once_are_one_chain_and_fail_together() {
+    let memory = Memory::default();
+    let audit = Audit::new(memory.clone());
+    let all = |range: std::ops::Range<u32>| futures::future::join_all(range.map(|n| audit.write(event(n))));
+    assert!(all(0..500).await.iter().all(Result::is_ok));
+    memory.fails.store(true, Ordering::SeqCst);
+    assert!(all(500..600).await.iter().all(Result::is_err));
+    memory.fails.store(false, Ordering::SeqCst);
+    assert!(all(600..700).await.iter().all(Result::is_ok));
+    let scratch = Scratch::new();
+    std::fs::write(&scratch.0, memory.lines.lock().expect("lines").join("\n")).expect("written");
+    assert_eq!(verify(&scratch.0).expect("read"), Ok(600));
 }
 
 #[tokio::test]

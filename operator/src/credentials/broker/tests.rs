@@ -143,6 +143,11 @@ impl Stage {
         answer["token"].as_str().expect("a token").to_owned()
     }
 
+    /// The broker's routes, with a caller's address.
+    pub(super) fn router(&self) -> Router {
+        router(self.broker.clone()).layer(MockConnectInfo(SocketAddr::from((Ipv4Addr::new(192, 0, 2, 1), 4711))))
+    }
+
     /// How often the issuer's keys were fetched.
     pub(super) async fn fetches(&self) -> usize {
         let seen = self.simulator.requests(0).await.expect("requests");
@@ -155,18 +160,7 @@ impl Stage {
     }
 
     pub(super) async fn ask(&self, actor: &str, subject: &str) -> (StatusCode, Value) {
-        let kind = "urn:ietf:params:oauth:token-type:jwt";
-        let body = form_urlencoded::Serializer::new(String::new())
-            .extend_pairs([
-                ("grant_type", "urn:ietf:params:oauth:grant-type:token-exchange"),
-                ("subject_token", subject),
-                ("subject_token_type", kind),
-                ("actor_token", actor),
-                ("actor_token_type", kind),
-                ("resource", "deploy"),
-            ])
-            .finish();
-        self.post("application/x-www-form-urlencoded", body).await
+        self.post("application/x-www-form-urlencoded", form(actor, subject)).await
     }
 
     async fn post(&self, kind: &str, body: String) -> (StatusCode, Value) {
@@ -175,8 +169,7 @@ impl Stage {
     }
 
     async fn answer(&self, request: HttpRequest<Body>) -> (StatusCode, Value) {
-        let router = router(self.broker.clone()).layer(MockConnectInfo(SocketAddr::from((Ipv4Addr::new(192, 0, 2, 1), 4711))));
-        let answer = router.oneshot(request).await.expect("an answer");
+        let answer = self.router().oneshot(request).await.expect("an answer");
         let status = answer.status();
         if status != StatusCode::PAYLOAD_TOO_LARGE {
             assert_eq!(answer.headers()[header::CACHE_CONTROL], "no-store");
@@ -184,6 +177,21 @@ impl Stage {
         let bytes = axum::body::to_bytes(answer.into_body(), 1 << 20).await.expect("a body");
         (status, serde_json::from_slice(&bytes).unwrap_or_default())
     }
+}
+
+/// The body of an exchange by the binding `deploy`.
+pub(super) fn form(actor: &str, subject: &str) -> String {
+    let kind = "urn:ietf:params:oauth:token-type:jwt";
+    form_urlencoded::Serializer::new(String::new())
+        .extend_pairs([
+            ("grant_type", "urn:ietf:params:oauth:grant-type:token-exchange"),
+            ("subject_token", subject),
+            ("subject_token_type", kind),
+            ("actor_token", actor),
+            ("actor_token_type", kind),
+            ("resource", "deploy"),
+        ])
+        .finish()
 }
 
 fn exact(value: &str) -> Matcher {
