@@ -18,6 +18,9 @@ pub const OVERLAPPING: &str = "Overlapping";
 /// The network engine opens the host names of `isolation.egress.hosts`, and no others. Absent where there are none.
 pub const EGRESS_HOSTS: &str = "EgressHostsEnforced";
 
+/// At GitHub, the pool's runner group lets in no repositories and workflows that the pool refuses. Absent where the pool is in no group.
+pub const RUNNER_GROUP: &str = "RunnerGroupMatches";
+
 /// The binding's issuer is one of those in the operator's configuration.
 pub const ISSUER_TRUSTED: &str = "IssuerTrusted";
 
@@ -41,6 +44,10 @@ pub mod reasons {
     pub const SCOPE_NOT_FOUND: &str = "ScopeNotFound";
     /// At the forge, others may use the pool's runners than the pool says.
     pub const RUNNER_GROUP_TOO_OPEN: &str = "RunnerGroupTooOpen";
+    /// At GitHub, the runner group lets in repositories or workflows whose jobs the pool refuses.
+    pub const RUNNER_GROUP_WIDER: &str = "RunnerGroupWider";
+    /// At GitHub, who may use the runner group is not told.
+    pub const RUNNER_GROUP_UNKNOWN: &str = "RunnerGroupUnknown";
     /// The forge answers to a personal access token.
     pub const PERSONAL_ACCESS_TOKEN: &str = "PersonalAccessToken";
     /// The forge answered something that Mayfly does not understand.

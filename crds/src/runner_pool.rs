@@ -126,6 +126,10 @@ pub struct Instance {}
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = Rule::new("has(self.app) != has(self.tokenSecretRef)").message("name exactly one credential: app or tokenSecretRef"))]
+#[x_kube(validation = Rule::new(
+    "!(has(self.runnerGroup) && self.runnerGroup.requireSelectedWorkflows) || self.url.matches('^https?://[^/]+/[^/]+/?$') || \
+     self.url.matches('(?i)^https?://[^/]+/enterprises/')"
+).message("runnerGroup.requireSelectedWorkflows: the runners of a repository are in no runner group, which could restrict them"))]
 pub struct Github {
     /// Address of the enterprise, organization or repository: `https://github.com/acme`, `https://github.com/acme/web` or
     /// `https://github.com/enterprises/acme`, or the same on another host. Immutable: make a new pool instead.
@@ -180,6 +184,12 @@ pub struct GithubRunnerGroup {
     /// Serve public repositories, in which anybody may open a pull request.
     #[serde(default)]
     pub allow_public_repositories: bool,
+    /// Refuse a group that every repository of the organization may use; of an enterprise, every organization.
+    #[serde(default)]
+    pub require_selected_repositories: bool,
+    /// Refuse a group that jobs of every workflow may use. A repository's scale sets are in no group, so that there it cannot hold.
+    #[serde(default)]
+    pub require_selected_workflows: bool,
 }
 
 /// A runner scale set.
@@ -484,7 +494,7 @@ pub struct RunnerPoolStatus {
     /// Generation of the spec that the rest speaks of; set only after a pass without errors.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// `Ready`, `ForgeReachable`, `IsolationProved`, `UserNamespaces`, `Overlapping`, `EgressHostsEnforced`.
+    /// `Ready`, `ForgeReachable`, `IsolationProved`, `UserNamespaces`, `Overlapping`, `EgressHostsEnforced`, `RunnerGroupMatches`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,

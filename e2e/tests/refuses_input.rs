@@ -52,6 +52,22 @@ fn cases() -> Vec<Case> {
             },
             "spec.forge.github.scaleSet.name",
         ),
+        (
+            "a repository whose workflows a group would have to select",
+            |p| {
+                p["spec"]["forge"] = json!({"github": {"url": "https://github.com/acme/web/", "tokenSecretRef": {"name": "t"},
+                    "runnerGroup": {"requireSelectedWorkflows": true}}})
+            },
+            "in no runner group",
+        ),
+        (
+            "an enterprise whose group selects workflows",
+            |p| {
+                p["spec"]["forge"] = json!({"github": {"url": "https://github.com/enterprises/big", "tokenSecretRef": {"name": "t"},
+                    "runnerGroup": {"name": "g", "requireSelectedRepositories": true, "requireSelectedWorkflows": true}}})
+            },
+            "",
+        ),
         ("no scope", |p| gitea(p)["scope"] = json!({}), "name exactly one scope"),
         ("two scopes", |p| gitea(p)["scope"]["instance"] = json!({}), "name exactly one scope"),
         ("instance scope", |p| gitea(p)["scope"] = json!({"instance": {}}), ""),

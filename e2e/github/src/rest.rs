@@ -355,6 +355,12 @@ fn groups(world: &World, ask: &Ask, level: &Level, rest: &[&str]) -> Answer {
                 group.repositories.iter().filter_map(|key| world.repositories.get(key)).map(|of| repository_json(world, of)).collect();
             Ok(Reply::json(200, &page(ask, "repositories", &found)))
         }
+        // docs.github.com, REST, "Self-hosted runner groups" of an enterprise: "List organization access".
+        ("GET", [id, "organizations"]) if matches!(level, Level::Enterprise(_)) => {
+            let group = find(id)?;
+            let found: Vec<Value> = group.organizations.iter().map(|login| account_json(world, login)).collect();
+            Ok(Reply::json(200, &page(ask, "organizations", &found)))
+        }
         ("GET", [id, "runners"]) => {
             let group = find(id)?;
             let found: Vec<Value> =
@@ -367,9 +373,13 @@ fn groups(world: &World, ask: &Ask, level: &Level, rest: &[&str]) -> Answer {
 
 fn group_json(world: &World, level: &Level, group: &Group) -> Value {
     let url = format!("{}/api/v3/{}/actions/runner-groups/{}", world.url, rest_path(level), group.id);
+    let selected = match level {
+        Level::Enterprise(_) => ("selected_organizations_url", format!("{url}/organizations")),
+        _ => ("selected_repositories_url", format!("{url}/repositories")),
+    };
     json!({
         "id": group.id, "name": group.name, "visibility": group.visibility, "default": group.default, "inherited": false,
-        "runners_url": format!("{url}/runners"), "selected_repositories_url": format!("{url}/repositories"),
+        "runners_url": format!("{url}/runners"), selected.0: selected.1,
         "allows_public_repositories": group.allows_public_repositories, "restricted_to_workflows": group.restricted_to_workflows,
         "selected_workflows": group.selected_workflows, "workflow_restrictions_read_only": false,
     })

@@ -6,7 +6,7 @@ use mayfly_crds::{Forks, Jobs};
 use serde::Serialize;
 use wildmatch::WildMatch;
 
-use crate::forge::{Job, Repository, Run};
+use crate::forge::{Job, Members, Repository, Run, RunnerGroup};
 
 /// What a pool serves, read from its spec.
 #[derive(Clone, Debug)]
@@ -72,6 +72,41 @@ impl Rules {
             && globs(&self.workflows, &other.workflows)
     }
 
+    /// What a runner group lets in that these rules refuse, a phrase each: as far as names of repositories and workflows tell.
+    pub(crate) fn refused_of(&self, group: &RunnerGroup) -> Vec<String> {
+        let mut wider = Vec::new();
+        if !self.repositories.is_empty() {
+            let named = |name: &str| self.repositories.iter().any(|glob| glob.matches(name));
+            let strangers = match &group.members {
+                Members::All(None) => (!named(&format!("{ANY}/{ANY}"))).then(|| "every organization of the enterprise".to_owned()),
+                Members::All(Some(owner)) => (!named(&format!("{owner}/{ANY}"))).then(|| format!("every repository of {owner}")),
+                Members::Organizations(owners) => some_of(owners.iter().filter(|owner| !named(&format!("{owner}/{ANY}")))),
+                Members::Repositories(all) => some_of(all.iter().filter(|repository| !named(repository.as_str()))),
+                Members::Unknown => None,
+            };
+            wider.extend(strangers.map(|strangers| format!("{strangers} (jobs.repositories)")));
+        }
+        if !self.workflows.is_empty() {
+            let named = |workflow: &&String| {
+                let path = workflow.split('@').next().unwrap_or_default();
+                // A job of the workflow's own repository names the file alone, one that calls it from elsewhere the whole path.
+                let file = path.split_once("/.github/workflows/").map_or(path, |(_, file)| file);
+                self.workflows.iter().any(|glob| glob.matches(file) || glob.matches(path))
+            };
+            let strangers = match &group.workflows {
+                None => (!self.workflows.iter().any(|glob| glob.matches(ANY))).then(|| "every workflow".to_owned()),
+                Some(all) => some_of(all.iter().filter(|workflow| !named(workflow))),
+            };
+            wider.extend(strangers.map(|strangers| format!("{strangers} (jobs.workflows)")));
+        }
+        wider
+    }
+
+    /// Whether the rules name repositories.
+    pub(crate) fn names_repositories(&self) -> bool {
+        !self.repositories.is_empty()
+    }
+
     /// Everything.
     pub(crate) fn check(&self, job: &Job, run: &Run) -> Check {
         self.check_job(job)?;
@@ -118,6 +153,20 @@ impl Rules {
                 refuse("ForkDenied", "the forge does not say whether the job runs a fork's code, and jobs.forks is Deny")
             }
         }
+    }
+}
+
+/// A name that only a pattern fits which fits them all.
+const ANY: &str = "\u{1}\u{1}\u{1}\u{1}";
+
+/// The first three of them, and how many more there are. `None` where there are none.
+fn some_of(all: impl Iterator<Item = impl ToString>) -> Option<String> {
+    let all: Vec<String> = all.map(|item| item.to_string()).collect();
+    let first = all.iter().take(3).cloned().collect::<Vec<_>>().join(", ");
+    match all.len() {
+        0 => None,
+        1..=3 => Some(first),
+        count => Some(format!("{first} and {} more", count - 3)),
     }
 }
 
@@ -194,6 +243,43 @@ mod tests {
         assert!(web.may_overlap(&rules(&["linux"], &["*/api"], &[])), "two patterns may meet");
         assert!(!web.may_overlap(&rules(&["linux"], &["acme/api"], &[])));
         assert!(!web.may_overlap(&rules(&["linux"], &[], &["schedule"])));
+    }
+
+    #[test]
+    fn a_runner_group_that_lets_in_more_than_the_rules_is_told() {
+        let rules = |repositories: &[&str], workflows: &[&str]| {
+            let list = |items: &[&str]| items.iter().map(|item| (*item).to_owned()).collect::<Vec<_>>();
+            Rules::new(&[], &Jobs { repositories: list(repositories), workflows: list(workflows), ..Jobs::default() })
+        };
+        let repositories = |names: &[&str]| Members::Repositories(names.iter().filter_map(|name| Repository::parse(name)).collect());
+        let acme = || Members::All(Some("acme".to_owned()));
+        let release = "acme/web/.github/workflows/release.yml@refs/heads/main";
+        type Row<'a> = (Rules, Members, Option<&'a [&'a str]>, &'a [&'a str]);
+        let rows: [Row<'_>; 13] = [
+            (rules(&[], &[]), acme(), None, &[]),
+            (rules(&["acme/*"], &["*"]), acme(), None, &[]),
+            (rules(&["acme/web"], &[]), acme(), None, &["every repository of acme (jobs.repositories)"]),
+            (rules(&["acme/web*"], &[]), acme(), None, &["every repository of acme (jobs.repositories)"]),
+            (rules(&["acme/web*"], &[]), repositories(&["acme/web", "acme/web-2"]), None, &[]),
+            (rules(&["acme/web"], &[]), repositories(&["acme/web", "acme/api"]), None, &["acme/api (jobs.repositories)"]),
+            (rules(&["x/y"], &[]), repositories(&["a/a", "a/b", "a/c", "a/d"]), None, &["a/a, a/b, a/c and 1 more (jobs.repositories)"]),
+            (rules(&["acme/*"], &[]), Members::All(None), None, &["every organization of the enterprise (jobs.repositories)"]),
+            (rules(&["acme/*"], &[]), Members::Organizations(vec!["acme".into(), "b".into()]), None, &["b (jobs.repositories)"]),
+            (rules(&["acme/web"], &[]), Members::Unknown, None, &[]),
+            (rules(&[], &["release.yml"]), acme(), None, &["every workflow (jobs.workflows)"]),
+            (rules(&[], &["release.yml"]), acme(), Some(&[release]), &[]),
+            (
+                rules(&[], &["ci.yml"]),
+                acme(),
+                Some(&[release]),
+                &["acme/web/.github/workflows/release.yml@refs/heads/main (jobs.workflows)"],
+            ),
+        ];
+        for (rules, members, workflows, expected) in rows {
+            let workflows = workflows.map(|all| all.iter().map(|item| (*item).to_owned()).collect());
+            let group = RunnerGroup { name: "runners".to_owned(), members, workflows };
+            assert_eq!(rules.refused_of(&group), expected, "{rules:?} {group:?}");
+        }
     }
 
     #[test]

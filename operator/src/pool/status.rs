@@ -5,13 +5,14 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use mayfly_crds::conditions::{self, Verdict, reasons};
 use mayfly_crds::{Counts, EgressHost, IsolationVerdict, NodeIsolation, RunnerPoolStatus, ScaleSetStatus, Starts, WaitingJob};
 
+use super::accept::Rules;
 use super::gather::{GatherError, Observed, WAITING_TOLD};
 use super::nodes::PoolNode;
 use super::plan::{Plan, Role};
 use super::proof;
 use super::registry::PoolState;
 use super::validate::{GitHubCredential, Pool, Source};
-use crate::forge::ForgeError;
+use crate::forge::{ForgeError, Members, RunnerGroup};
 use crate::runner::Phase;
 
 /// Numbers and waiting jobs are not written more often than this.
@@ -102,6 +103,8 @@ pub(super) fn status(
             verdicts.push(ready(state));
             verdicts.push(reachable(pool));
             verdicts.push(overlap(observed));
+            let group = state.link.as_ref().and_then(|link| link.forge.runner_group());
+            verdicts.extend(pool.zip(group).map(|(pool, group)| runner_group(&pool.rules, &group)));
             new.counts = counts(observed, plan);
             new.waiting_jobs = waiting(observed, plan, pool, state);
             new.observed_generation = generation;
@@ -205,6 +208,25 @@ fn overlap(observed: &Observed) -> Verdict {
             Verdict::yes(conditions::OVERLAPPING, reasons::OLDER_POOL_FIRST, message)
         }
     }
+}
+
+/// GitHub chooses the job that a runner of the scale set gets: what the group lets in and the rules refuse is given to the pool all the same.
+fn runner_group(rules: &Rules, group: &RunnerGroup) -> Verdict {
+    let (type_, name) = (conditions::RUNNER_GROUP, &group.name);
+    let wider = rules.refused_of(group);
+    if !wider.is_empty() {
+        let message = format!(
+            "runner group {name:?} lets in what the pool refuses: {}. GitHub gives such jobs to the pool all the same: they stay queued, and \
+             one that gets the runner made for another job ends. Restrict the group at GitHub (its repository and workflow access)",
+            wider.join("; ")
+        );
+        return Verdict::no(type_, reasons::RUNNER_GROUP_WIDER, message);
+    }
+    if group.members == Members::Unknown && rules.names_repositories() {
+        let message = format!("GitHub does not say which repositories may use runner group {name:?}");
+        return Verdict::unknown(type_, reasons::RUNNER_GROUP_UNKNOWN, message);
+    }
+    Verdict::yes(type_, reasons::OK, format!("runner group {name:?} lets in no repository and no workflow that the pool refuses by name"))
 }
 
 fn counts(observed: &Observed, plan: &Plan) -> Counts {

@@ -181,7 +181,16 @@ fn from_github(github: &Github, key: &PoolKey) -> Result<Found, String> {
         name: github.runner_group.name.clone(),
         allow_default_group: github.runner_group.allow_default_group,
         allow_public_repositories: github.runner_group.allow_public_repositories,
+        require_selected_repositories: github.runner_group.require_selected_repositories,
+        require_selected_workflows: github.runner_group.require_selected_workflows,
     };
+    if group.require_selected_workflows && url.is_repository() {
+        return Err(
+            "spec.forge.github.runnerGroup.requireSelectedWorkflows: the runners of a repository are in no runner group, which could \
+             restrict them"
+                .to_owned(),
+        );
+    }
     Ok(Found {
         url: url.text.clone(),
         hosts,
@@ -194,6 +203,7 @@ fn from_github(github: &Github, key: &PoolKey) -> Result<Found, String> {
                 group,
                 owner: format!("mayfly {key}"),
                 poll: github::POLL,
+                look: github::LOOK,
             }),
             credential,
         },
@@ -353,6 +363,10 @@ pub(super) mod tests {
             ("github.url", github("https://github.com", APP, "{}")),
             ("exactly one credential", github("https://github.com/acme", "", "{}")),
             ("exactly one credential", github("https://github.com/acme", &format!(r#"{APP},"tokenSecretRef":{{"name":"t"}}"#), "{}")),
+            (
+                "in no runner group",
+                github("https://github.com/acme/web", &format!(r#"{APP},"runnerGroup":{{"requireSelectedWorkflows":true}}"#), "{}"),
+            ),
             ("scaleSet", github("https://github.com/acme", APP, r#"{"name":"a&b"}"#)),
             ("scaleSet", github("https://github.com/acme", APP, r#"{"labels":["a b"]}"#)),
             ("exactly one of", format!(r#"{{"forge":{}}}"#, gitea("{}"))),

@@ -5,6 +5,7 @@
 
 mod auth;
 mod config_url;
+mod group;
 mod http;
 mod listener;
 mod service;
@@ -27,7 +28,8 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::address::Refuse;
 use super::{
-    Forge, ForgeError, Job, JobKey, JobState, Reach, RegisteredRunner, Registration, Removal, Repository, Run, RunnerKey, ScaleSet, Secret,
+    Forge, ForgeError, Job, JobKey, JobState, Reach, RegisteredRunner, Registration, Removal, Repository, Run, RunnerGroup, RunnerKey,
+    ScaleSet, Secret,
 };
 use auth::Auth;
 pub(crate) use auth::Credential;
@@ -38,6 +40,8 @@ use view::View;
 
 /// [`Config::poll`] of every pool.
 pub(crate) const POLL: Duration = Duration::from_secs(70);
+/// [`Config::look`] of every pool.
+pub(crate) const LOOK: Duration = Duration::from_secs(600);
 /// How long whoever asks for jobs waits for the first session.
 const FIRST_SESSION: Duration = Duration::from_secs(15);
 
@@ -56,6 +60,8 @@ pub(crate) struct Config {
     pub(crate) owner: String,
     /// After which time a poll is dead: more than the fifty seconds or so that GitHub holds one.
     pub(crate) poll: Duration,
+    /// How often is looked whether the runner group is still as the pool wants it.
+    pub(crate) look: Duration,
 }
 
 /// Which runner group, and how open it may be.
@@ -67,6 +73,10 @@ pub(crate) struct Group {
     pub(crate) allow_default_group: bool,
     /// Public repositories may use it.
     pub(crate) allow_public_repositories: bool,
+    /// It has to be one that only selected repositories (of an enterprise: organizations) may use.
+    pub(crate) require_selected_repositories: bool,
+    /// It has to be one that only selected workflows may use.
+    pub(crate) require_selected_workflows: bool,
 }
 
 /// One scale set of GitHub's.
@@ -85,6 +95,7 @@ struct Shared {
     view: Mutex<View>,
     queue: Mutex<Option<Queue>>,
     set: Mutex<Option<ScaleSet>>,
+    group: Mutex<Option<RunnerGroup>>,
     state: watch::Sender<State>,
     room: AtomicU32,
     /// Whether a poll was answered since something went wrong.
@@ -130,6 +141,7 @@ impl GitHub {
             auth,
             view: Mutex::default(),
             queue: Mutex::default(),
+            group: Mutex::default(),
             state: watch::Sender::new(State::Opening),
             room: AtomicU32::new(room),
             heard: AtomicBool::default(),
@@ -316,6 +328,10 @@ impl Forge for GitHub {
 
     fn scale_set(&self) -> Option<ScaleSet> {
         self.shared.scale_set()
+    }
+
+    fn runner_group(&self) -> Option<RunnerGroup> {
+        self.shared.group.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     async fn retire(&self) -> Result<(), ForgeError> {

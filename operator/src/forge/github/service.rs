@@ -154,6 +154,20 @@ impl Service {
         self.pages(&path, "the runner groups", |list: wire::GroupList| list.runner_groups).await
     }
 
+    /// Repositories that may use a runner group of an organization, by its number in REST.
+    pub(super) async fn group_repositories(&self, group: u64) -> Result<Vec<String>, CallError> {
+        let path = format!("{}/runner-groups/{group}/repositories?", self.url.runners_path());
+        let names = |list: wire::GroupRepositories| list.repositories.into_iter().map(|repository| repository.full_name).collect();
+        self.pages(&path, "the repositories of the runner group", names).await
+    }
+
+    /// Organizations that may use a runner group of an enterprise, by its number in REST.
+    pub(super) async fn group_organizations(&self, group: u64) -> Result<Vec<String>, CallError> {
+        let path = format!("{}/runner-groups/{group}/organizations?", self.url.runners_path());
+        let logins = |list: wire::GroupOrganizations| list.organizations.into_iter().map(|organization| organization.login).collect();
+        self.pages(&path, "the organizations of the runner group", logins).await
+    }
+
     /// Whether everybody may see the repository of the pool; `None` where it has more than one.
     pub(super) async fn is_public(&self) -> Result<Option<bool>, CallError> {
         let Level::Repository(repository) = &self.url.level else { return Ok(None) };

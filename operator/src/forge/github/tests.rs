@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
 
-use super::super::http_client;
+use super::super::{Members, http_client};
 use super::*;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -90,6 +90,7 @@ impl Stage {
             group: Group { name: Some("runners".to_owned()), ..Group::default() },
             owner: "mayfly team/ci".to_owned(),
             poll: Duration::from_secs(3),
+            look: Duration::from_millis(1500),
         }
     }
 
@@ -360,6 +361,7 @@ async fn a_group_that_is_too_open_is_refused_unless_the_pool_says_so() {
         name: name.map(str::to_owned),
         allow_default_group: default,
         allow_public_repositories: public,
+        ..Group::default()
     };
     let public = NewGroup { place: "acme".to_owned(), name: "open".to_owned(), allows_public_repositories: true, ..NewGroup::default() };
     stage.simulator.runner_group(&public).await.expect("a runner group");
@@ -383,6 +385,79 @@ async fn a_group_that_is_too_open_is_refused_unless_the_pool_says_so() {
         }
         client.end().await;
     }
+}
+
+/// The group's rules are read, and looked at again while the session goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_is_required_to_be_restricted_and_what_it_lets_in_is_known() {
+    let stage = Stage::set(Settings::default()).await;
+    let workflow = "acme/web/.github/workflows/ci.yml@refs/heads/main".to_owned();
+    let closed = NewGroup {
+        place: "acme".to_owned(),
+        name: "runners".to_owned(),
+        visibility: "selected".to_owned(),
+        repositories: vec!["acme/web".to_owned()],
+        restricted_to_workflows: true,
+        selected_workflows: vec![workflow.clone()],
+        ..NewGroup::default()
+    };
+    let group = Group {
+        name: Some("runners".to_owned()),
+        require_selected_repositories: true,
+        require_selected_workflows: true,
+        ..Group::default()
+    };
+    let config = || Config { group: group.clone(), ..stage.config("acme") };
+    let refused = stage.open(config(), stage.credential(), None);
+    let error = refused.forge.jobs(JobState::Queued).await.expect_err("the group is open");
+    assert!(matches!(&error, ForgeError::TooOpen(why) if why.contains("repository access")), "{error}");
+    assert!(stage.sets().await.is_empty(), "nothing was made");
+    refused.end().await;
+
+    stage.simulator.runner_group(&NewGroup { restricted_to_workflows: false, ..closed.clone() }).await.expect("changed");
+    let refused = stage.open(config(), stage.credential(), None);
+    let error = refused.forge.jobs(JobState::Queued).await.expect_err("the group is open");
+    assert!(matches!(&error, ForgeError::TooOpen(why) if why.contains("workflow access")), "{error}");
+    refused.end().await;
+
+    stage.simulator.runner_group(&closed).await.expect("changed");
+    let client = stage.open(config(), stage.credential(), None);
+    waiting(&client, 0).await;
+    let web = Repository::parse("acme/web").expect("a repository");
+    let told = RunnerGroup { name: "runners".to_owned(), members: Members::Repositories(vec![web]), workflows: Some(vec![workflow]) };
+    assert_eq!(client.forge.runner_group(), Some(told));
+    stage.simulator.runner_group(&NewGroup { visibility: "all".to_owned(), ..closed.clone() }).await.expect("changed");
+    eventually("it is noticed", || async {
+        matches!(client.forge.jobs(JobState::Queued).await, Err(ForgeError::TooOpen(_))).then_some(())
+    })
+    .await;
+    stage.simulator.runner_group(&closed).await.expect("changed");
+    stage.push().await;
+    waiting(&client, 1).await;
+    client.end().await;
+}
+
+/// Groups of an enterprise select organizations.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_of_an_enterprise_is_known_by_its_organizations() {
+    let stage = Stage::set(Settings::default()).await;
+    stage.simulator.enterprise("big").await.expect("an enterprise");
+    stage.simulator.organization(&NewOrganization { login: "acme".to_owned(), enterprise: Some("big".to_owned()) }).await.expect("changed");
+    let group = NewGroup {
+        place: "enterprises/big".to_owned(),
+        name: "runners".to_owned(),
+        visibility: "selected".to_owned(),
+        organizations: vec!["acme".to_owned()],
+        ..NewGroup::default()
+    };
+    stage.simulator.runner_group(&group).await.expect("a group");
+    let credential = Credential::Token(Secret::new(stage.simulator.personal_token().await.expect("a token")));
+    let client = stage.open(stage.config("enterprises/big"), credential, None);
+    stage.push().await;
+    waiting(&client, 1).await;
+    let members = client.forge.runner_group().map(|group| group.members);
+    assert_eq!(members, Some(Members::Organizations(vec!["acme".to_owned()])));
+    client.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -74,12 +74,47 @@ pub(super) struct GroupList {
 /// What a runner group may be used for.
 #[derive(Deserialize, Debug, Clone, Default)]
 pub(super) struct GroupRules {
+    pub(super) id: u64,
     #[serde(default)]
     pub(super) name: String,
     #[serde(default)]
     pub(super) default: bool,
+    /// `all`, `private` or `selected`; of an enterprise `all` or `selected`.
+    #[serde(default)]
+    pub(super) visibility: String,
     #[serde(default)]
     pub(super) allows_public_repositories: bool,
+    #[serde(default)]
+    pub(super) restricted_to_workflows: bool,
+    /// As `owner/name/.github/workflows/file@ref`.
+    #[serde(default)]
+    pub(super) selected_workflows: Vec<String>,
+}
+
+/// Repositories that may use a runner group.
+#[derive(Deserialize)]
+pub(super) struct GroupRepositories {
+    #[serde(default)]
+    pub(super) repositories: Vec<FullName>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct FullName {
+    #[serde(default)]
+    pub(super) full_name: String,
+}
+
+/// Organizations that may use a runner group.
+#[derive(Deserialize)]
+pub(super) struct GroupOrganizations {
+    #[serde(default)]
+    pub(super) organizations: Vec<Login>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct Login {
+    #[serde(default)]
+    pub(super) login: String,
 }
 
 /// `RunnerScaleSetStatistic`.
