@@ -21,6 +21,9 @@ pub const EGRESS_HOSTS: &str = "EgressHostsEnforced";
 /// At GitHub, the pool's runner group lets in no repositories and workflows that the pool refuses. Absent where the pool is in no group.
 pub const RUNNER_GROUP: &str = "RunnerGroupMatches";
 
+/// The ResourceQuotas of the namespace have room for the pods that the pool wants. Absent where none counts runner pods.
+pub const QUOTA: &str = "QuotaSuffices";
+
 /// The binding's issuer is one of those in the operator's configuration.
 pub const ISSUER_TRUSTED: &str = "IssuerTrusted";
 
@@ -54,6 +57,10 @@ pub mod reasons {
     pub const UNEXPECTED_ANSWER: &str = "UnexpectedAnswer";
     /// Pods could not be started; the message says why.
     pub const PODS_FAIL: &str = "PodsFail";
+    /// A ResourceQuota has room for fewer runner pods than `scale.max`, whoever uses it.
+    pub const QUOTA_BELOW_MAX: &str = "QuotaBelowMax";
+    /// Jobs wait because a ResourceQuota is used up.
+    pub const QUOTA_USED_UP: &str = "QuotaUsedUp";
     /// No runner pod has proved its isolation since the pool was made.
     pub const NO_PROOF_YET: &str = "NoProofYet";
     /// Something that no job may reach answered a runner pod.

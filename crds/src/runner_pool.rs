@@ -494,7 +494,8 @@ pub struct RunnerPoolStatus {
     /// Generation of the spec that the rest speaks of; set only after a pass without errors.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// `Ready`, `ForgeReachable`, `IsolationProved`, `UserNamespaces`, `Overlapping`, `EgressHostsEnforced`, `RunnerGroupMatches`.
+    /// `Ready`, `ForgeReachable`, `IsolationProved`, `UserNamespaces`, `Overlapping`, `EgressHostsEnforced`, `QuotaSuffices`,
+    /// `RunnerGroupMatches`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use k8s_openapi::api::core::v1::Pod;
-use kube::api::ListParams;
+use k8s_openapi::api::core::v1::{Pod, ResourceQuota};
+use kube::api::{ListParams, PostParams};
 use kube::{Api, ResourceExt};
 use mayfly_crds::names::ANNOTATION_JOB;
 use mayfly_e2e::github::Stage;
@@ -156,6 +156,25 @@ async fn while_github_is_away_pods_that_are_over_go() -> Result<()> {
     stage.succeeds(run).await?;
     pool::condition(&stage.world, &stage.namespace, POOL, "ForgeReachable", "True").await?;
     stage.organization.nothing_left(&stage.world, &pool).await?;
+    stage.strike().await
+}
+
+/// A quota for one pod: jobs run one after another, none of their pods is refused, and the pool says why.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quota_bounds_the_pool_and_is_told() -> Result<()> {
+    let _turn = turn().await;
+    let stage = Stage::set("ghquota").await?;
+    let pool = stage.pool(|_| {}).await?;
+    let quota = json!({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "few"}, "spec": {"hard": {"pods": "1"}}});
+    let quotas: Api<ResourceQuota> = Api::namespaced(stage.world.client.clone(), &stage.namespace);
+    quotas.create(&PostParams::default(), &serde_json::from_value(quota)?).await?;
+    let told = pool::condition(&stage.world, &stage.namespace, POOL, "QuotaSuffices", "False").await?;
+    ensure!(told.0 == "QuotaBelowMax" && told.1.contains("ResourceQuota few"), "{told:?}");
+    let (first, second) = (stage.push("one.yml", "sleep 3").await?, stage.push("two.yml", "sleep 3").await?);
+    stage.succeeds(first).await?;
+    stage.succeeds(second).await?;
+    stage.organization.nothing_left(&stage.world, &pool).await?;
+    ensure!(stage.events("PodRefused").await?.is_empty(), "{:?}", stage.events("PodRefused").await?);
     stage.strike().await
 }
 

@@ -18,6 +18,7 @@ use super::accept::Refusal;
 use super::controller::Context;
 use super::plan::{PodFacts, Role};
 use super::registry::{Link, OwedJob, PoolHandle, PoolState, Registered};
+use super::room::{Charge, Left, add_times, charge, left};
 use super::validate::{GitHubCredential, Pool, Source};
 use crate::forge::gitea::Gitea;
 use crate::forge::github::{self, GitHub};
@@ -25,7 +26,7 @@ use crate::forge::{
     Forge, ForgeError, Job, JobId, JobKey, JobState, Reach, RegisteredRunner, Repository, Run, RunnerKey, ScaleSet, Secret, refused,
 };
 use crate::isolation::no_forge_at;
-use crate::runner::{Phase, phase};
+use crate::runner::{Phase, Placement, PodRequest, phase, runner_pod};
 
 /// Most waiting jobs told in a pool's status.
 pub(super) const WAITING_TOLD: usize = 10;
@@ -57,6 +58,8 @@ pub(super) struct Observed {
     pub(super) orphans: Vec<Orphan>,
     /// Older pools that may accept some of the same jobs.
     pub(super) overlaps: Vec<String>,
+    /// What the namespace's quotas leave; `None` where none counts runner pods.
+    pub(super) quota: Option<Left>,
 }
 
 /// A registration whose pod is gone, with the job it had and the means to say that this job is lost.
@@ -106,7 +109,37 @@ pub(super) async fn gather(
     demand(ctx, pool, handle, &forge, &mut observed).await?;
     let refusals = refusals(ctx, pool, handle, &forge).await?;
     pods(ctx, pool, handle, &refusals, &mut observed);
+    observed.quota = quota_left(ctx, pool, handle);
     Ok(observed)
+}
+
+/// What the quotas of the pool's namespace leave. Pods that the watch has not shown may be missing in what a quota has counted.
+fn quota_left(ctx: &Context, pool: &Pool, handle: &PoolHandle) -> Option<Left> {
+    let all = ctx.quotas.state();
+    let quotas: Vec<_> = all.into_iter().filter(|quota| quota.namespace().as_deref() == Some(&pool.key.namespace)).collect();
+    if quotas.is_empty() {
+        return None;
+    }
+    let name = RunnerName::new(&pool.key.name, &pool.uid, [0; 8]);
+    let request = PodRequest {
+        name: &name,
+        namespace: &pool.key.namespace,
+        pool: &pool.key.name,
+        owner: &pool.owner,
+        spec: &pool.spec,
+        user_namespace: false,
+        life_seconds: 1,
+        sentinels: &[],
+        placement: Placement::NotOn(Vec::new()),
+    };
+    let charge = charge(&runner_pod(&request, &ctx.settings.pods));
+    handle.state().charge = charge.clone();
+    let mut coming = Charge::new();
+    for neighbour in ctx.registry.all().iter().filter(|neighbour| neighbour.key.namespace == pool.key.namespace) {
+        let state = neighbour.state();
+        add_times(&mut coming, &state.charge, state.spawned.values().filter(|spawned| !spawned.seen).count());
+    }
+    left(&quotas, &charge, &coming)
 }
 
 /// The pool's forge client; a new one when what it is made from changed.

@@ -14,6 +14,7 @@ use tokio::sync::{Notify, mpsc};
 
 use super::nodes::PoolNode;
 use super::proof::PodProof;
+use super::room::Charge;
 use super::validate::Source;
 use crate::forge::github::{self, GitHub};
 use crate::forge::{Forge, Job, JobKey, Reach, Repository, Run, RunnerKey, Secret};
@@ -173,6 +174,10 @@ pub(crate) struct PoolState {
     pub(crate) claimed: BTreeSet<String>,
     /// Jobs that the pool does not serve and that an event told of.
     pub(crate) told: BTreeSet<String>,
+    /// What each of its pods is charged with by quotas.
+    pub(crate) charge: Charge,
+    /// Since when jobs wait because a quota has no room.
+    pub(crate) short_since: Option<Timestamp>,
     /// When the status was last written.
     pub(crate) status_written: Option<Timestamp>,
 }

@@ -29,6 +29,8 @@ const EMPTY_WAIT: Duration = Duration::from_millis(500);
 const SESSION_LIFE: Duration = Duration::from_secs(30 * 60);
 /// For the end of a session, when the process ends.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
+/// A poll is not given up sooner than this to tell of more room.
+const ROOM_WAIT: Duration = Duration::from_secs(1);
 /// Messages that are known to have been taken in, should they come again.
 const SEEN: usize = 64;
 
@@ -103,8 +105,13 @@ async fn follow_or_fail(shared: &Arc<Shared>) -> Result<std::convert::Infallible
         if session.is_due() {
             session.renew(shared, set.id).await?;
         }
-        let room = shared.room.load(Ordering::Relaxed);
-        let message = match shared.service.poll(&session.queue, room).await {
+        let room = *shared.room.borrow();
+        let answer = tokio::select! {
+            answer = shared.service.poll(&session.queue, room) => answer,
+            // GitHub reads it at the beginning of a poll, which it then holds for long. What it was about to say, it says again.
+            () = shared.more_than(room) => continue,
+        };
+        let message = match answer {
             // The token can end while GitHub holds the poll.
             Err(error) if error.is(StatusCode::UNAUTHORIZED) => {
                 session.renew(shared, set.id).await?;
@@ -278,6 +285,15 @@ impl Shared {
         let before = self.group.lock().unwrap_or_else(PoisonError::into_inner).replace(found.clone());
         if before.is_some_and(|before| before != found) {
             (self.wake.0)();
+        }
+    }
+
+    /// Waits until there is more room than `told`, and not only for a moment.
+    async fn more_than(&self, told: u32) {
+        tokio::time::sleep(ROOM_WAIT).await;
+        // The sender lives as long as this does.
+        if self.room.subscribe().wait_for(|room| *room > told).await.is_err() {
+            std::future::pending().await
         }
     }
 

@@ -17,7 +17,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -97,7 +97,7 @@ struct Shared {
     set: Mutex<Option<ScaleSet>>,
     group: Mutex<Option<RunnerGroup>>,
     state: watch::Sender<State>,
-    room: AtomicU32,
+    room: watch::Sender<u32>,
     /// Whether a poll was answered since something went wrong.
     heard: AtomicBool,
     wake: Wake,
@@ -143,7 +143,7 @@ impl GitHub {
             queue: Mutex::default(),
             group: Mutex::default(),
             state: watch::Sender::new(State::Opening),
-            room: AtomicU32::new(room),
+            room: watch::Sender::new(room),
             heard: AtomicBool::default(),
             wake: Wake(Box::new(wake)),
         });
@@ -319,7 +319,7 @@ impl Forge for GitHub {
     }
 
     fn note_room(&self, jobs: u32) {
-        self.shared.room.store(jobs, Ordering::Relaxed);
+        self.shared.room.send_if_modified(|room| std::mem::replace(room, jobs) != jobs);
     }
 
     fn remember(&self, job: Job) {

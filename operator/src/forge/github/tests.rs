@@ -509,6 +509,34 @@ async fn github_gives_out_no_more_than_there_is_room_for() {
     client.end().await;
 }
 
+/// GitHub reads the room at the beginning of a poll, and holds that for most of a minute.
+#[tokio::test(flavor = "multi_thread")]
+async fn more_room_is_told_while_github_holds_a_poll() {
+    let config = server::Config { settings: Settings { poll: 50.0, ..Settings::default() }, ..server::Config::default() };
+    let stage = Stage::set_at(config).await;
+    let client = stage.open(Config { poll: Duration::from_secs(70), ..stage.config("acme") }, stage.credential(), None);
+    waiting(&client, 0).await;
+    client.forge.note_room(0);
+    let many = Enqueue { repository: "acme/web".to_owned(), labels: vec![SET.to_owned()], count: 20, ..Enqueue::default() };
+    stage.simulator.enqueue(&many).await.expect("jobs");
+    waiting(&client, 10).await;
+    for room in [12, 15] {
+        client.forge.note_room(room);
+        waiting(&client, room as usize).await;
+    }
+    let polls = || async {
+        let requests = stage.simulator.requests(0).await.expect("requests");
+        requests.iter().filter(|seen| seen.path.starts_with("/_services/messages") && seen.method == "GET").count()
+    };
+    let before = polls().await;
+    for room in [14, 15, 13, 15] {
+        client.forge.note_room(room);
+        tokio::time::sleep(Duration::from_millis(400)).await;
+    }
+    assert_eq!(polls().await, before, "what GitHub knows already costs no poll");
+    client.end().await;
+}
+
 /// github.com's own shape, with REST at a host of its own: the simulator is the proxy, as nobody here can resolve the names.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hosted_github_is_reached_through_a_proxy() {

@@ -61,6 +61,7 @@ fn context(server: &Server, pods: &[Pod]) -> Arc<Context> {
         dialects: Arc::new(Dialects::new(reflector::store().0)),
         nodes: reflector::store().0,
         daemon_sets: reflector::store().0,
+        quotas: reflector::store().0,
         api_endpoints: reflector::store().0,
         controls: Controls::default(),
         names: Names::default(),
