@@ -68,6 +68,46 @@ fn cases() -> Vec<Case> {
             },
             "",
         ),
+        (
+            "without a scale set and without a webhook",
+            |p| {
+                p["spec"]["forge"] =
+                    json!({"github": {"url": "https://github.com/acme", "tokenSecretRef": {"name": "t"}, "justInTime": {"labels": ["a"]}}})
+            },
+            "needs webhookSecretRef",
+        ),
+        (
+            "with and without a scale set",
+            |p| {
+                p["spec"]["forge"] = json!({"github": {"url": "https://github.com/acme", "tokenSecretRef": {"name": "t"},
+                    "justInTime": {"labels": ["a"]}, "webhookSecretRef": {"name": "w"}, "scaleSet": {"labels": ["b"]}}})
+            },
+            "at most one of justInTime and scaleSet",
+        ),
+        (
+            "without a scale set and without labels",
+            |p| {
+                p["spec"]["forge"] = json!({"github": {"url": "https://github.com/acme", "tokenSecretRef": {"name": "t"},
+                    "justInTime": {"labels": []}, "webhookSecretRef": {"name": "w"}}})
+            },
+            "spec.forge.github.justInTime.labels",
+        ),
+        (
+            "a restriction without the group that has it",
+            |p| {
+                p["spec"]["forge"] = json!({"github": {"url": "https://github.com/acme", "tokenSecretRef": {"name": "t"},
+                    "justInTime": {"labels": ["a"]}, "webhookSecretRef": {"name": "w"}, "runnerGroup": {"requireSelectedWorkflows": true}}})
+            },
+            "without runnerGroup.name",
+        ),
+        (
+            "without a scale set",
+            |p| {
+                p["spec"]["forge"] = json!({"github": {"url": "https://github.com/acme", "tokenSecretRef": {"name": "t"},
+                    "justInTime": {"labels": ["self-hosted", "a"]}, "webhookSecretRef": {"name": "w"}}})
+            },
+            "",
+        ),
         ("no scope", |p| gitea(p)["scope"] = json!({}), "name exactly one scope"),
         ("two scopes", |p| gitea(p)["scope"]["instance"] = json!({}), "name exactly one scope"),
         ("instance scope", |p| gitea(p)["scope"] = json!({"instance": {}}), ""),

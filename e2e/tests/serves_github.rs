@@ -159,6 +159,29 @@ async fn while_github_is_away_pods_that_are_over_go() -> Result<()> {
     stage.strike().await
 }
 
+/// Without a scale set: a webhook tells of the job, and its runner is registered for the job's repository alone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_without_a_scale_set_runs_by_a_webhook_and_leaves_nothing() -> Result<()> {
+    let _turn = turn().await;
+    let stage = Stage::set("ghjit").await?;
+    let pool = stage.pool(|pool| stage.organization.just_in_time(pool)).await?;
+    stage.hook().await?;
+    let run = stage.push("ci.yml", "sleep 3; echo in time").await?;
+    stage.runs(run).await?;
+    let own = stage.organization.registrations(&pool).await?;
+    let runners = stage.organization.simulator.runners().await?;
+    let places: Vec<&Value> =
+        runners.iter().filter(|runner| own.iter().any(|name| runner["name"] == **name)).map(|of| &of["place"]).collect();
+    ensure!(places == [&json!(format!("{}/web", stage.organization.name))], "{places:?}");
+    let log = stage.succeeds(run).await?;
+    ensure!(log.contains("in time") && log.contains("Mayfly accepted "), "{log}");
+    stage.organization.nothing_left(&stage.world, &pool).await?;
+    ensure!(stage.scale_set().await?.is_none() && stage.status().await?.scale_set.is_none());
+    let answers = stage.organization.simulator.deliveries().await?;
+    ensure!(answers.iter().any(|sent| sent["status"] == 202), "{answers:?}");
+    stage.strike().await
+}
+
 /// A quota for one pod: jobs run one after another, none of their pods is refused, and the pool says why.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_quota_bounds_the_pool_and_is_told() -> Result<()> {

@@ -7,6 +7,7 @@ mod client;
 pub(crate) mod gitea;
 pub(crate) mod github;
 pub(crate) mod secret;
+pub(crate) mod webhook;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -265,6 +266,8 @@ pub(crate) struct Run {
     pub(crate) git_ref: String,
     /// Whether code from a fork runs. `None` where the forge does not say: to be treated as a fork.
     pub(crate) fork: Option<bool>,
+    /// Whether everybody may see its repository, where the forge says so with it.
+    pub(crate) public: Option<bool>,
 }
 
 /// How to name a registered runner to the forge.

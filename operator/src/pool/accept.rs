@@ -16,6 +16,8 @@ pub(crate) struct Rules {
     workflows: Vec<WildMatch>,
     events: Vec<String>,
     forks: Forks,
+    /// Jobs of public repositories are refused, and of those that the forge does not call private.
+    private_only: bool,
 }
 
 /// Why a job is not served.
@@ -42,7 +44,13 @@ impl Rules {
             workflows: globs(&jobs.workflows),
             events: jobs.events.clone(),
             forks: jobs.forks,
+            private_only: false,
         }
+    }
+
+    /// The same, for private repositories alone where `yes`.
+    pub(crate) fn private_only(self, yes: bool) -> Self {
+        Self { private_only: yes, ..self }
     }
 
     /// What the job itself tells: all that can be checked without asking the forge about its run.
@@ -55,7 +63,11 @@ impl Rules {
     pub(crate) fn check_run(&self, run: &Run) -> Check {
         self.workflow_fits(&run.workflow)?;
         self.event_fits(&run.event)?;
-        self.fork_fits(run.fork)
+        self.fork_fits(run.fork)?;
+        match !self.private_only || run.public == Some(false) {
+            true => Ok(()),
+            false => refuse("PublicRepository", "the repository is public, and runnerGroup.allowPublicRepositories is not set"),
+        }
     }
 
     /// Whether some job may be accepted by both, as far as the rules tell: literal lists without a common member exclude one another.
@@ -191,7 +203,7 @@ mod tests {
     }
 
     fn run(event: &str, workflow: &str, fork: Option<bool>) -> Run {
-        Run { event: event.to_owned(), workflow: workflow.to_owned(), git_ref: "refs/heads/main".to_owned(), fork }
+        Run { event: event.to_owned(), workflow: workflow.to_owned(), git_ref: "refs/heads/main".to_owned(), fork, public: None }
     }
 
     fn reason(rules: &Rules, job: &Job, run: &Run) -> &'static str {
@@ -280,6 +292,16 @@ mod tests {
             let group = RunnerGroup { name: "runners".to_owned(), members, workflows };
             assert_eq!(rules.refused_of(&group), expected, "{rules:?} {group:?}");
         }
+    }
+
+    #[test]
+    fn a_public_repository_is_refused_where_the_forge_does_not_do_it() {
+        let rules = |private_only: bool| Rules::new(&["linux".to_owned()], &Jobs::default()).private_only(private_only);
+        let reason = |private_only: bool, public: Option<bool>| {
+            reason(&rules(private_only), &job("acme/api", &["linux"]), &Run { public, ..run("push", "x.yml", Some(false)) })
+        };
+        assert_eq!((reason(true, Some(true)), reason(true, None), reason(true, Some(false))), ("PublicRepository", "PublicRepository", ""));
+        assert_eq!((reason(false, Some(true)), reason(false, None)), ("", ""));
     }
 
     #[test]

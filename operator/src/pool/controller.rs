@@ -471,4 +471,4 @@ async fn remove_registrations(guarded: &Guarded, ctx: &Context, key: &PoolKey, u
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

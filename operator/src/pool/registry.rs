@@ -16,7 +16,7 @@ use super::nodes::PoolNode;
 use super::proof::PodProof;
 use super::room::Charge;
 use super::validate::Source;
-use crate::forge::github::{self, GitHub};
+use crate::forge::github::{self, GitHub, JustInTime};
 use crate::forge::{Forge, Job, JobKey, Reach, Repository, Run, RunnerKey, Secret};
 
 /// A watch is not begun anew more often than this.
@@ -111,6 +111,8 @@ pub(crate) struct Link {
     pub(crate) forge: Arc<dyn Forge>,
     /// The same, where it is a scale set.
     pub(crate) scale_set: Option<Arc<GitHub>>,
+    /// The same, where it is GitHub without a scale set: to be told of what webhooks say.
+    pub(crate) just_in_time: Option<Arc<JustInTime>>,
     /// The forge as the pool's Secrets name it.
     pub(crate) url: String,
     /// What it was made from; a change makes a new one.

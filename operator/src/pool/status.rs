@@ -12,7 +12,7 @@ use super::plan::{Plan, Role};
 use super::proof;
 use super::registry::PoolState;
 use super::room::Left;
-use super::validate::{GitHubCredential, Pool, Source};
+use super::validate::{GitHubCredential, Pool};
 use crate::forge::{ForgeError, Members, RunnerGroup};
 use crate::runner::Phase;
 
@@ -150,8 +150,8 @@ fn blind(error: &GatherError) -> (&'static str, String) {
 
 fn reachable(pool: Option<&Pool>) -> Verdict {
     let type_ = conditions::FORGE_REACHABLE;
-    match pool.map(|pool| &pool.source) {
-        Some(Source::GitHub { credential: GitHubCredential::Token(_), .. }) => {
+    match pool.and_then(|pool| pool.source.github_credential()) {
+        Some(GitHubCredential::Token(_)) => {
             let message =
                 "the forge answers, to a personal access token: it is a person's and lives long; use a GitHub App (forge.github.app)";
             Verdict::yes(type_, reasons::PERSONAL_ACCESS_TOKEN, message)

@@ -5,16 +5,17 @@
 use reqwest::StatusCode;
 
 use super::super::{ForgeError, Members, Repository, RunnerGroup};
-use super::config_url::Level;
+use super::config_url::{ConfigUrl, Level};
 use super::http::CallError;
+use super::service::Service;
 use super::{Group, Shared, wire};
 
 /// The number that the default runner group always has, and that a repository's scale sets are in.
-const DEFAULT_GROUP: u64 = 1;
+pub(super) const DEFAULT_GROUP: u64 = 1;
 
 /// The number of the runner group for the Actions service, if the group is not too open. Notes what the group lets in.
 pub(super) async fn group(shared: &Shared) -> Result<u64, CallError> {
-    let Some(rules) = find(shared).await? else { return Ok(DEFAULT_GROUP) };
+    let Some(rules) = look(shared).await? else { return Ok(DEFAULT_GROUP) };
     match rules.default {
         true => Ok(DEFAULT_GROUP),
         false => shared.service.group(&rules.name).await,
@@ -23,7 +24,7 @@ pub(super) async fn group(shared: &Shared) -> Result<u64, CallError> {
 
 /// Looks whether somebody opened the group meanwhile. That GitHub cannot be asked just now is no reason to end a session.
 pub(super) async fn look_again(shared: &Shared) -> Result<(), CallError> {
-    match find(shared).await {
+    match look(shared).await {
         Err(error @ CallError::Failed(ForgeError::TooOpen(_) | ForgeError::NotFound { .. })) => Err(error),
         Err(error) => {
             tracing::info!(scale_set = shared.config.scale_set, error = %ForgeError::from(error), "the runner group was not looked at again");
@@ -33,11 +34,18 @@ pub(super) async fn look_again(shared: &Shared) -> Result<(), CallError> {
     }
 }
 
-/// The group of the pool; `None` for a repository's, which is in none.
-async fn find(shared: &Shared) -> Result<Option<wire::GroupRules>, CallError> {
-    let wanted = &shared.config.group;
-    if let Level::Repository(repository) = &shared.config.url.level {
-        if shared.service.is_public().await? == Some(true) && !wanted.allow_public_repositories {
+async fn look(shared: &Shared) -> Result<Option<wire::GroupRules>, CallError> {
+    let found = find(&shared.service, &shared.config.url, &shared.config.group).await?;
+    Ok(found.map(|(rules, group)| {
+        shared.note_group(group);
+        rules
+    }))
+}
+
+/// The group that a pool wants, if it is not too open, and what it lets in; `None` for a repository's pool, which is in none.
+pub(super) async fn find(service: &Service, url: &ConfigUrl, wanted: &Group) -> Result<Option<(wire::GroupRules, RunnerGroup)>, CallError> {
+    if let Level::Repository(repository) = &url.level {
+        if service.is_public().await? == Some(true) && !wanted.allow_public_repositories {
             return Err(too_open(format!(
                 "{repository} is public: anybody may have a pull request's jobs run there. Say runnerGroup.allowPublicRepositories if \
                  that is meant"
@@ -45,7 +53,7 @@ async fn find(shared: &Shared) -> Result<Option<wire::GroupRules>, CallError> {
         }
         return Ok(None);
     }
-    let groups = shared.service.group_rules().await?;
+    let groups = service.group_rules().await?;
     let found = match &wanted.name {
         Some(name) => groups.into_iter().find(|group| group.name.eq_ignore_ascii_case(name)),
         None => groups.into_iter().find(|group| group.default),
@@ -54,11 +62,11 @@ async fn find(shared: &Shared) -> Result<Option<wire::GroupRules>, CallError> {
         let name = wanted.name.as_deref().unwrap_or("default");
         return Err(ForgeError::NotFound { what: format!("runner group {name:?}") }.into());
     };
-    check(wanted, &rules, &shared.config.url.level).map_err(too_open)?;
-    let members = members(shared, &rules).await?;
+    check(wanted, &rules, &url.level).map_err(too_open)?;
+    let members = members(service, &url.level, &rules).await?;
     let workflows = rules.restricted_to_workflows.then(|| rules.selected_workflows.clone());
-    shared.note_group(RunnerGroup { name: rules.name.clone(), members, workflows });
-    Ok(Some(rules))
+    let group = RunnerGroup { name: rules.name.clone(), members, workflows };
+    Ok(Some((rules, group)))
 }
 
 fn too_open(why: String) -> CallError {
@@ -103,9 +111,8 @@ fn check(wanted: &Group, rules: &wire::GroupRules, level: &Level) -> Result<(), 
 const SELECTED: &str = "selected";
 
 /// Who may use the group. That GitHub does not say is no reason to do without the pool.
-async fn members(shared: &Shared, rules: &wire::GroupRules) -> Result<Members, CallError> {
-    let (selected, service) = (rules.visibility == SELECTED, &shared.service);
-    let read = match (&shared.config.url.level, selected) {
+async fn members(service: &Service, level: &Level, rules: &wire::GroupRules) -> Result<Members, CallError> {
+    let read = match (level, rules.visibility == SELECTED) {
         (Level::Organization(name), false) => return Ok(Members::All(Some(name.clone()))),
         (_, false) => return Ok(Members::All(None)),
         (Level::Enterprise(_), true) => service.group_organizations(rules.id).await.map(Members::Organizations),

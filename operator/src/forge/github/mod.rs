@@ -2,11 +2,15 @@
 //!
 //! Jobs are not listed: they come as messages of a session that [`listener`] holds, beside the numbers of the scale set, and [`view`]
 //! makes jobs of both. A runner is registered for the scale set; GitHub chooses which of its jobs the runner gets.
+//!
+//! [`just_in_time`] is the other way: no scale set, jobs by webhooks and REST, runners for one repository or runner group.
 
 mod auth;
+mod board;
 mod config_url;
 mod group;
 mod http;
+mod just_in_time;
 mod listener;
 mod service;
 mod view;
@@ -33,8 +37,10 @@ use super::{
 };
 use auth::Auth;
 pub(crate) use auth::Credential;
+pub(crate) use board::Pace;
 pub(crate) use config_url::ConfigUrl;
 use http::Caller;
+pub(crate) use just_in_time::{JitConfig, JustInTime};
 use service::{Queue, Service};
 use view::View;
 
@@ -228,13 +234,8 @@ impl Forge for GitHub {
             return Ok(told.clone());
         }
         // Whose code a pull request's run is about is not in the messages.
-        let found = self.shared.service.run(repository, run).await?;
-        let fork = found.is_from_fork();
-        let told = told.unwrap_or_else(|| {
-            let (workflow, git_ref) = found.workflow();
-            Run { event: found.event.clone(), workflow, git_ref, fork: None }
-        });
-        Ok(Run { fork, ..told })
+        let found = self.shared.service.run(repository, run).await?.facts();
+        Ok(told.map_or_else(|| found.clone(), |told| Run { fork: found.fork, ..told }))
     }
 
     fn reach(&self, _job: &Job) -> Reach {

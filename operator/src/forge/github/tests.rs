@@ -1,5 +1,7 @@
 //! The client against a GitHub simulator that was written without it, and that other people's clients agree with.
 
+mod just_in_time;
+
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
