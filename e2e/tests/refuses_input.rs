@@ -420,6 +420,26 @@ async fn url_and_scope_cannot_change() -> Result<()> {
     stage.strike().await
 }
 
+/// What GitHub keeps for a scale set would be left behind.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pool_cannot_change_between_a_scale_set_and_none() -> Result<()> {
+    let stage = Stage::set("jitfixed").await?;
+    let github = |just_in_time: bool| {
+        move |pool: &mut Value| {
+            let mut github =
+                json!({"url": "http://forge.mayfly.test/acme", "tokenSecretRef": {"name": "t"}, "webhookSecretRef": {"name": "w"}});
+            if just_in_time {
+                github["justInTime"] = json!({"labels": ["linux"]});
+            }
+            pool["spec"]["forge"] = json!({"github": github});
+        }
+    };
+    stage.unready_pool(github(false)).await?;
+    let other = stage.unready_pool(github(true)).await;
+    ensure!(other.is_err_and(|error| format!("{error:#}").contains("cannot change between")));
+    stage.strike().await
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_wrong_with_the_forge_is_told() -> Result<()> {
     let stage = Stage::set("told").await?;
