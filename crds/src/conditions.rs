@@ -18,6 +18,12 @@ pub const OVERLAPPING: &str = "Overlapping";
 /// The network engine opens the host names of `isolation.egress.hosts`, and no others. Absent where there are none.
 pub const EGRESS_HOSTS: &str = "EgressHostsEnforced";
 
+/// At GitHub, the pool's runner group lets in no repositories and workflows that the pool refuses. Absent where the pool is in no group.
+pub const RUNNER_GROUP: &str = "RunnerGroupMatches";
+
+/// The ResourceQuotas of the namespace have room for the pods that the pool wants. Absent where none counts runner pods.
+pub const QUOTA: &str = "QuotaSuffices";
+
 /// The binding's issuer is one of those in the operator's configuration.
 pub const ISSUER_TRUSTED: &str = "IssuerTrusted";
 
@@ -41,12 +47,20 @@ pub mod reasons {
     pub const SCOPE_NOT_FOUND: &str = "ScopeNotFound";
     /// At the forge, others may use the pool's runners than the pool says.
     pub const RUNNER_GROUP_TOO_OPEN: &str = "RunnerGroupTooOpen";
+    /// At GitHub, the runner group lets in repositories or workflows whose jobs the pool refuses.
+    pub const RUNNER_GROUP_WIDER: &str = "RunnerGroupWider";
+    /// At GitHub, who may use the runner group is not told.
+    pub const RUNNER_GROUP_UNKNOWN: &str = "RunnerGroupUnknown";
     /// The forge answers to a personal access token.
     pub const PERSONAL_ACCESS_TOKEN: &str = "PersonalAccessToken";
     /// The forge answered something that Mayfly does not understand.
     pub const UNEXPECTED_ANSWER: &str = "UnexpectedAnswer";
     /// Pods could not be started; the message says why.
     pub const PODS_FAIL: &str = "PodsFail";
+    /// A ResourceQuota has room for fewer runner pods than `scale.max`, whoever uses it.
+    pub const QUOTA_BELOW_MAX: &str = "QuotaBelowMax";
+    /// Jobs wait because a ResourceQuota is used up.
+    pub const QUOTA_USED_UP: &str = "QuotaUsedUp";
     /// No runner pod has proved its isolation since the pool was made.
     pub const NO_PROOF_YET: &str = "NoProofYet";
     /// Something that no job may reach answered a runner pod.

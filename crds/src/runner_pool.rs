@@ -126,6 +126,20 @@ pub struct Instance {}
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = Rule::new("has(self.app) != has(self.tokenSecretRef)").message("name exactly one credential: app or tokenSecretRef"))]
+#[x_kube(validation = Rule::new(
+    "!(has(self.runnerGroup) && self.runnerGroup.requireSelectedWorkflows) || self.url.matches('^https?://[^/]+/[^/]+/?$') || \
+     self.url.matches('(?i)^https?://[^/]+/enterprises/')"
+).message("runnerGroup.requireSelectedWorkflows: the runners of a repository are in no runner group, which could restrict them"))]
+#[x_kube(validation = Rule::new("!has(self.justInTime) || has(self.webhookSecretRef)")
+    .message("justInTime needs webhookSecretRef: GitHub tells of jobs by webhooks"))]
+#[x_kube(validation = Rule::new("!has(self.justInTime) || !has(self.scaleSet) || (!has(self.scaleSet.name) && !has(self.scaleSet.labels))")
+    .message("name at most one of justInTime and scaleSet"))]
+#[x_kube(validation = Rule::new(
+    "!has(self.justInTime) || !has(self.runnerGroup) || has(self.runnerGroup.name) || \
+     !(self.runnerGroup.requireSelectedRepositories || self.runnerGroup.requireSelectedWorkflows)"
+).message("justInTime: without runnerGroup.name its runners are in no runner group, which could be restricted"))]
+#[x_kube(validation = Rule::new("has(self.justInTime) == has(oldSelf.justInTime)")
+    .message("forge.github cannot change between scaleSet and justInTime: make a new RunnerPool"))]
 pub struct Github {
     /// Address of the enterprise, organization or repository: `https://github.com/acme`, `https://github.com/acme/web` or
     /// `https://github.com/enterprises/acme`, or the same on another host. Immutable: make a new pool instead.
@@ -145,10 +159,23 @@ pub struct Github {
     /// The scale set, which the operator makes and, with the pool, removes.
     #[serde(default)]
     pub scale_set: GithubScaleSet,
+    /// Runners without a scale set, each registered for one job. GitHub tells of jobs by webhooks then: `webhookSecretRef` is needed. A pool
+    /// cannot change from one to the other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub just_in_time: Option<GithubJustInTime>,
     /// Secret of the `workflow_job` webhook, in the operator's namespace and with the same annotations. Messages of the scale set come
     /// without it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub webhook_secret_ref: Option<SecretKeyRef>,
+}
+
+/// Runners without a scale set.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct GithubJustInTime {
+    /// Labels of this pool's runners: a job is served if all its `runs-on` labels are among them. GitHub adds none by itself.
+    #[schemars(length(min = 1, max = 32), inner(length(max = 63), regex(pattern = r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")))]
+    pub labels: Vec<String>,
 }
 
 /// An installed GitHub App.
@@ -180,6 +207,12 @@ pub struct GithubRunnerGroup {
     /// Serve public repositories, in which anybody may open a pull request.
     #[serde(default)]
     pub allow_public_repositories: bool,
+    /// Refuse a group that every repository of the organization may use; of an enterprise, every organization.
+    #[serde(default)]
+    pub require_selected_repositories: bool,
+    /// Refuse a group that jobs of every workflow may use. A repository's scale sets are in no group, so that there it cannot hold.
+    #[serde(default)]
+    pub require_selected_workflows: bool,
 }
 
 /// A runner scale set.
@@ -484,7 +517,8 @@ pub struct RunnerPoolStatus {
     /// Generation of the spec that the rest speaks of; set only after a pass without errors.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// `Ready`, `ForgeReachable`, `IsolationProved`, `UserNamespaces`, `Overlapping`, `EgressHostsEnforced`.
+    /// `Ready`, `ForgeReachable`, `IsolationProved`, `UserNamespaces`, `Overlapping`, `EgressHostsEnforced`, `QuotaSuffices`,
+    /// `RunnerGroupMatches`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,

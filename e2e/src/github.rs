@@ -20,6 +20,7 @@ use mayfly_github_simulator::model::Event;
 use serde_json::{Value, json};
 use tokio::sync::Mutex;
 
+use crate::install::webhook_url;
 use crate::stage::{PATIENCE, POOL};
 use crate::wait::eventually;
 use crate::world::{SYSTEM, built, host_beside_forge, host_of};
@@ -52,6 +53,8 @@ pub struct Organization {
     pub app: NewApp,
     /// Number of its installation.
     pub installation: i64,
+    /// Secret of its webhook.
+    pub webhook_secret: String,
 }
 
 /// The issuer of its jobs' tokens, whose certificate is of the cluster's authority ([`mayfly_cluster::pki::authority`]).
@@ -105,7 +108,8 @@ impl Organization {
         let (app, installation) = simulator.app(name).await?;
         let about = simulator.call("GET", "", Vec::new()).await?;
         let url = about["url"].as_str().context("the simulator tells its address")?.to_owned();
-        Ok(Self { name: name.to_owned(), repository_id, simulator, url, app, installation })
+        let webhook_secret = random_hex(16)?;
+        Ok(Self { name: name.to_owned(), repository_id, simulator, url, app, installation, webhook_secret })
     }
 
     /// The address of the pool: the organization's.
@@ -113,7 +117,7 @@ impl Organization {
         format!("{}/{}", self.url, self.name)
     }
 
-    /// Puts the App's key where the operator looks for it, for the pools of one namespace. Returns the Secret's name.
+    /// Puts the App's key, and the webhook's secret, where the operator looks for it, for the pools of one namespace. Returns the Secret's name.
     ///
     /// # Errors
     /// With the API server's answer.
@@ -128,7 +132,10 @@ impl Organization {
                 ])),
                 ..ObjectMeta::default()
             },
-            data: Some(BTreeMap::from([("key.pem".to_owned(), ByteString(self.app.private_key.clone().into_bytes()))])),
+            data: Some(BTreeMap::from([
+                ("key.pem".to_owned(), ByteString(self.app.private_key.clone().into_bytes())),
+                ("webhook".to_owned(), ByteString(self.webhook_secret.clone().into_bytes())),
+            ])),
             ..Secret::default()
         };
         let params = PatchParams::apply("mayfly-e2e").force();
@@ -143,6 +150,16 @@ impl Organization {
         let forge =
             json!({"github": {"url": self.config_url(), "app": app, "runnerGroup": {"name": GROUP}, "scaleSet": {"name": "linux"}}});
         pool::manifest_of(forge, namespace, name, change)
+    }
+
+    /// Changes a manifest of [`Organization::manifest`] into one without a scale set.
+    pub fn just_in_time(&self, pool: &mut Value) {
+        let github = &mut pool["spec"]["forge"]["github"];
+        if let Some(github) = github.as_object_mut() {
+            github.retain(|field, _| !matches!(field.as_str(), "scaleSet" | "runnerGroup"));
+        }
+        github["justInTime"] = json!({"labels": ["linux"]});
+        github["webhookSecretRef"] = json!({"name": format!("forge-{}", self.name), "key": "webhook"});
     }
 
     /// Registrations that runners of this pool have.
@@ -207,6 +224,15 @@ impl Stage {
         })
         .await?;
         Ok(applied)
+    }
+
+    /// Has GitHub tell the pool of the organization's jobs.
+    ///
+    /// # Errors
+    /// With the simulator's answer.
+    pub async fn hook(&self) -> Result<()> {
+        let url = webhook_url(&self.world.cluster, &self.namespace, POOL)?.replace("/gitea/", "/github/");
+        self.organization.simulator.webhook(&url, &self.organization.webhook_secret, Some(&self.organization.name)).await
     }
 
     /// Pushes a workflow of one job that runs `script`; returns its run.

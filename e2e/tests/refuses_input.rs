@@ -52,6 +52,62 @@ fn cases() -> Vec<Case> {
             },
             "spec.forge.github.scaleSet.name",
         ),
+        (
+            "a repository whose workflows a group would have to select",
+            |p| {
+                p["spec"]["forge"] = json!({"github": {"url": "https://github.com/acme/web/", "tokenSecretRef": {"name": "t"},
+                    "runnerGroup": {"requireSelectedWorkflows": true}}})
+            },
+            "in no runner group",
+        ),
+        (
+            "an enterprise whose group selects workflows",
+            |p| {
+                p["spec"]["forge"] = json!({"github": {"url": "https://github.com/enterprises/big", "tokenSecretRef": {"name": "t"},
+                    "runnerGroup": {"name": "g", "requireSelectedRepositories": true, "requireSelectedWorkflows": true}}})
+            },
+            "",
+        ),
+        (
+            "without a scale set and without a webhook",
+            |p| {
+                p["spec"]["forge"] =
+                    json!({"github": {"url": "https://github.com/acme", "tokenSecretRef": {"name": "t"}, "justInTime": {"labels": ["a"]}}})
+            },
+            "needs webhookSecretRef",
+        ),
+        (
+            "with and without a scale set",
+            |p| {
+                p["spec"]["forge"] = json!({"github": {"url": "https://github.com/acme", "tokenSecretRef": {"name": "t"},
+                    "justInTime": {"labels": ["a"]}, "webhookSecretRef": {"name": "w"}, "scaleSet": {"labels": ["b"]}}})
+            },
+            "at most one of justInTime and scaleSet",
+        ),
+        (
+            "without a scale set and without labels",
+            |p| {
+                p["spec"]["forge"] = json!({"github": {"url": "https://github.com/acme", "tokenSecretRef": {"name": "t"},
+                    "justInTime": {"labels": []}, "webhookSecretRef": {"name": "w"}}})
+            },
+            "spec.forge.github.justInTime.labels",
+        ),
+        (
+            "a restriction without the group that has it",
+            |p| {
+                p["spec"]["forge"] = json!({"github": {"url": "https://github.com/acme", "tokenSecretRef": {"name": "t"},
+                    "justInTime": {"labels": ["a"]}, "webhookSecretRef": {"name": "w"}, "runnerGroup": {"requireSelectedWorkflows": true}}})
+            },
+            "without runnerGroup.name",
+        ),
+        (
+            "without a scale set",
+            |p| {
+                p["spec"]["forge"] = json!({"github": {"url": "https://github.com/acme", "tokenSecretRef": {"name": "t"},
+                    "justInTime": {"labels": ["self-hosted", "a"]}, "webhookSecretRef": {"name": "w"}}})
+            },
+            "",
+        ),
         ("no scope", |p| gitea(p)["scope"] = json!({}), "name exactly one scope"),
         ("two scopes", |p| gitea(p)["scope"]["instance"] = json!({}), "name exactly one scope"),
         ("instance scope", |p| gitea(p)["scope"] = json!({"instance": {}}), ""),
@@ -361,6 +417,26 @@ async fn url_and_scope_cannot_change() -> Result<()> {
     ensure!(other.is_err_and(|error| format!("{error:#}").contains("cannot be changed")));
     let other = stage.unready_pool(|pool| pool["spec"]["forge"]["gitea"]["scope"] = json!({"organization": "other"})).await;
     ensure!(other.is_err_and(|error| format!("{error:#}").contains("cannot be changed")));
+    stage.strike().await
+}
+
+/// What GitHub keeps for a scale set would be left behind.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pool_cannot_change_between_a_scale_set_and_none() -> Result<()> {
+    let stage = Stage::set("jitfixed").await?;
+    let github = |just_in_time: bool| {
+        move |pool: &mut Value| {
+            let mut github =
+                json!({"url": "http://forge.mayfly.test/acme", "tokenSecretRef": {"name": "t"}, "webhookSecretRef": {"name": "w"}});
+            if just_in_time {
+                github["justInTime"] = json!({"labels": ["linux"]});
+            }
+            pool["spec"]["forge"] = json!({"github": github});
+        }
+    };
+    stage.unready_pool(github(false)).await?;
+    let other = stage.unready_pool(github(true)).await;
+    ensure!(other.is_err_and(|error| format!("{error:#}").contains("cannot change between")));
     stage.strike().await
 }
 

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use k8s_openapi::api::core::v1::Pod;
-use kube::api::ListParams;
+use k8s_openapi::api::core::v1::{Pod, ResourceQuota};
+use kube::api::{ListParams, PostParams};
 use kube::{Api, ResourceExt};
 use mayfly_crds::names::ANNOTATION_JOB;
 use mayfly_e2e::github::Stage;
@@ -156,6 +156,48 @@ async fn while_github_is_away_pods_that_are_over_go() -> Result<()> {
     stage.succeeds(run).await?;
     pool::condition(&stage.world, &stage.namespace, POOL, "ForgeReachable", "True").await?;
     stage.organization.nothing_left(&stage.world, &pool).await?;
+    stage.strike().await
+}
+
+/// Without a scale set: a webhook tells of the job, and its runner is registered for the job's repository alone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_without_a_scale_set_runs_by_a_webhook_and_leaves_nothing() -> Result<()> {
+    let _turn = turn().await;
+    let stage = Stage::set("ghjit").await?;
+    let pool = stage.pool(|pool| stage.organization.just_in_time(pool)).await?;
+    stage.hook().await?;
+    let run = stage.push("ci.yml", "sleep 3; echo in time").await?;
+    stage.runs(run).await?;
+    let own = stage.organization.registrations(&pool).await?;
+    let runners = stage.organization.simulator.runners().await?;
+    let places: Vec<&Value> =
+        runners.iter().filter(|runner| own.iter().any(|name| runner["name"] == **name)).map(|of| &of["place"]).collect();
+    ensure!(places == [&json!(format!("{}/web", stage.organization.name))], "{places:?}");
+    let log = stage.succeeds(run).await?;
+    ensure!(log.contains("in time") && log.contains("Mayfly accepted "), "{log}");
+    stage.organization.nothing_left(&stage.world, &pool).await?;
+    ensure!(stage.scale_set().await?.is_none() && stage.status().await?.scale_set.is_none());
+    let answers = stage.organization.simulator.deliveries().await?;
+    ensure!(answers.iter().any(|sent| sent["status"] == 202), "{answers:?}");
+    stage.strike().await
+}
+
+/// A quota for one pod: jobs run one after another, none of their pods is refused, and the pool says why.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quota_bounds_the_pool_and_is_told() -> Result<()> {
+    let _turn = turn().await;
+    let stage = Stage::set("ghquota").await?;
+    let pool = stage.pool(|_| {}).await?;
+    let quota = json!({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "few"}, "spec": {"hard": {"pods": "1"}}});
+    let quotas: Api<ResourceQuota> = Api::namespaced(stage.world.client.clone(), &stage.namespace);
+    quotas.create(&PostParams::default(), &serde_json::from_value(quota)?).await?;
+    let told = pool::condition(&stage.world, &stage.namespace, POOL, "QuotaSuffices", "False").await?;
+    ensure!(told.0 == "QuotaBelowMax" && told.1.contains("ResourceQuota few"), "{told:?}");
+    let (first, second) = (stage.push("one.yml", "sleep 3").await?, stage.push("two.yml", "sleep 3").await?);
+    stage.succeeds(first).await?;
+    stage.succeeds(second).await?;
+    stage.organization.nothing_left(&stage.world, &pool).await?;
+    ensure!(stage.events("PodRefused").await?.is_empty(), "{:?}", stage.events("PodRefused").await?);
     stage.strike().await
 }
 

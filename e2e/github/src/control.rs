@@ -101,6 +101,8 @@ pub struct NewGroup {
     pub selected_workflows: Vec<String>,
     /// Repositories that may use it, `owner/name`.
     pub repositories: Vec<String>,
+    /// Of an enterprise: organizations that may use it.
+    pub organizations: Vec<String>,
 }
 
 impl Default for NewGroup {
@@ -113,6 +115,7 @@ impl Default for NewGroup {
             restricted_to_workflows: false,
             selected_workflows: Vec::new(),
             repositories: Vec::new(),
+            organizations: Vec::new(),
         }
     }
 }
@@ -476,6 +479,7 @@ fn group(world: &mut World, wanted: NewGroup) -> Result<i64, (u16, String)> {
         restricted_to_workflows: wanted.restricted_to_workflows,
         selected_workflows: wanted.selected_workflows,
         repositories,
+        organizations: wanted.organizations.iter().map(|name| name.to_lowercase()).collect(),
     };
     world.groups.insert((level, id), group);
     world.sets_changed();

@@ -240,6 +240,9 @@ pub struct Group {
     /// Repositories that may use it, `owner/name`.
     #[serde(skip)]
     pub repositories: BTreeSet<String>,
+    /// Of an enterprise: organizations that may use it.
+    #[serde(skip)]
+    pub organizations: BTreeSet<String>,
 }
 
 impl Group {
@@ -254,6 +257,7 @@ impl Group {
             restricted_to_workflows: false,
             selected_workflows: Vec::new(),
             repositories: BTreeSet::new(),
+            organizations: BTreeSet::new(),
         }
     }
 }

@@ -127,12 +127,23 @@ fn dispatch(world: &mut World, ask: &Ask, path: &[&str]) -> Answer {
             Level::Organization(login) => Ok(Reply::json(200, &account_json(world, login))),
             Level::Enterprise(_) => Err(not_found()),
         },
+        // docs.github.com, REST, "Workflow runs": "List workflow runs for a repository", the latest first.
+        ("GET", ["actions", "runs"]) => {
+            let Level::Repository(owner, name) = &level else { return Err(not_found()) };
+            let (wanted, key) = (ask.parameter("status"), format!("{owner}/{name}"));
+            let own = world.runs.values().rev().filter(|run| run.repository == key).filter_map(|run| run_json(world, run.id).ok());
+            let fits = |run: &Value| wanted.is_none_or(|wanted| run["status"] == wanted || run["conclusion"] == wanted);
+            let found: Vec<Value> = own.filter(fits).collect();
+            Ok(Reply::json(200, &page(ask, "workflow_runs", &found)))
+        }
         ("GET", ["actions", "runs", run]) => run_json(world, of_repository(world, &level, run)?).map(|run| Reply::json(200, &run)),
         ("GET", ["actions", "runs", run, "jobs"] | ["actions", "runs", run, "attempts", _, "jobs"]) => {
             let run = of_repository(world, &level, run)?;
             let ids = world.runs.get(&run).map(|run| run.jobs.clone()).unwrap_or_default();
-            let jobs: Vec<Value> = ids.iter().filter_map(|id| world.jobs.get(id)).filter_map(|job| job_json(world, job)).collect();
-            Ok(Reply::json(200, &json!({"total_count": jobs.len(), "jobs": jobs})))
+            // One that waits for other jobs is not made before its turn.
+            let made = ids.iter().filter_map(|id| world.jobs.get(id)).filter(|job| job.state != State::Blocked);
+            let jobs: Vec<Value> = made.filter_map(|job| job_json(world, job)).collect();
+            Ok(Reply::json(200, &page(ask, "jobs", &jobs)))
         }
         ("POST", ["actions", "runs", run, "cancel"]) => {
             let run = of_repository(world, &level, run)?;
@@ -355,6 +366,12 @@ fn groups(world: &World, ask: &Ask, level: &Level, rest: &[&str]) -> Answer {
                 group.repositories.iter().filter_map(|key| world.repositories.get(key)).map(|of| repository_json(world, of)).collect();
             Ok(Reply::json(200, &page(ask, "repositories", &found)))
         }
+        // docs.github.com, REST, "Self-hosted runner groups" of an enterprise: "List organization access".
+        ("GET", [id, "organizations"]) if matches!(level, Level::Enterprise(_)) => {
+            let group = find(id)?;
+            let found: Vec<Value> = group.organizations.iter().map(|login| account_json(world, login)).collect();
+            Ok(Reply::json(200, &page(ask, "organizations", &found)))
+        }
         ("GET", [id, "runners"]) => {
             let group = find(id)?;
             let found: Vec<Value> =
@@ -367,9 +384,13 @@ fn groups(world: &World, ask: &Ask, level: &Level, rest: &[&str]) -> Answer {
 
 fn group_json(world: &World, level: &Level, group: &Group) -> Value {
     let url = format!("{}/api/v3/{}/actions/runner-groups/{}", world.url, rest_path(level), group.id);
+    let selected = match level {
+        Level::Enterprise(_) => ("selected_organizations_url", format!("{url}/organizations")),
+        _ => ("selected_repositories_url", format!("{url}/repositories")),
+    };
     json!({
         "id": group.id, "name": group.name, "visibility": group.visibility, "default": group.default, "inherited": false,
-        "runners_url": format!("{url}/runners"), "selected_repositories_url": format!("{url}/repositories"),
+        "runners_url": format!("{url}/runners"), selected.0: selected.1,
         "allows_public_repositories": group.allows_public_repositories, "restricted_to_workflows": group.restricted_to_workflows,
         "selected_workflows": group.selected_workflows, "workflow_restrictions_read_only": false,
     })

@@ -194,6 +194,8 @@ impl World {
         }
         let Some(group) = self.group(level, group) else { return false };
         let chosen = match group.visibility.as_str() {
+            // An enterprise selects organizations.
+            "selected" if matches!(level, Level::Enterprise(_)) => group.organizations.contains(&owner),
             "selected" => group.repositories.contains(&run.repository),
             "private" => repository.private,
             _ => true,

@@ -197,7 +197,8 @@ async fn an_enterprise_with_a_group() {
         place: "enterprises/big".into(),
         name: "locked".into(),
         visibility: "selected".into(),
-        repositories: vec!["acme/widgets".into()],
+        // An enterprise selects organizations.
+        organizations: vec!["acme".into()],
         ..NewGroup::default()
     };
     simulator.runner_group(&group).await.unwrap();

@@ -7,6 +7,7 @@ mod client;
 pub(crate) mod gitea;
 pub(crate) mod github;
 pub(crate) mod secret;
+pub(crate) mod webhook;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -87,6 +88,11 @@ pub(crate) trait Forge: Send + Sync + fmt::Debug {
         None
     }
 
+    /// The group that says whose jobs the pool's runners may get, where the forge has such groups and the pool is in one.
+    fn runner_group(&self) -> Option<RunnerGroup> {
+        None
+    }
+
     /// Removes what the forge keeps for the pool besides its runners: the pool is being deleted.
     async fn retire(&self) -> Result<(), ForgeError> {
         Ok(())
@@ -111,6 +117,30 @@ pub(crate) struct ScaleSet {
     pub(crate) name: String,
     /// The open session, which is worth nothing without the pool's credential.
     pub(crate) session: Option<String>,
+}
+
+/// A runner group at GitHub: whose jobs its runners may get.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct RunnerGroup {
+    /// Its name.
+    pub(crate) name: String,
+    /// Repositories whose jobs are let in.
+    pub(crate) members: Members,
+    /// Workflows whose jobs alone are let in, as `owner/name/.github/workflows/file@ref`; `None`: all.
+    pub(crate) workflows: Option<Vec<String>>,
+}
+
+/// Which repositories may use a runner group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Members {
+    /// All of this organization, or all private ones of it; without a name, of every organization of the enterprise.
+    All(Option<String>),
+    /// These organizations, all of each.
+    Organizations(Vec<String>),
+    /// These.
+    Repositories(Vec<Repository>),
+    /// Some, and GitHub does not say which.
+    Unknown,
 }
 
 /// `owner/name` of a repository, checked: letters, digits, `.`, `_`, `-` only, so that it is safe in paths and in messages.
@@ -236,6 +266,8 @@ pub(crate) struct Run {
     pub(crate) git_ref: String,
     /// Whether code from a fork runs. `None` where the forge does not say: to be treated as a fork.
     pub(crate) fork: Option<bool>,
+    /// Whether everybody may see its repository, where the forge says so with it.
+    pub(crate) public: Option<bool>,
 }
 
 /// How to name a registered runner to the forge.

@@ -6,7 +6,7 @@ use mayfly_crds::{Forks, Jobs};
 use serde::Serialize;
 use wildmatch::WildMatch;
 
-use crate::forge::{Job, Repository, Run};
+use crate::forge::{Job, Members, Repository, Run, RunnerGroup};
 
 /// What a pool serves, read from its spec.
 #[derive(Clone, Debug)]
@@ -16,6 +16,8 @@ pub(crate) struct Rules {
     workflows: Vec<WildMatch>,
     events: Vec<String>,
     forks: Forks,
+    /// Jobs of public repositories are refused, and of those that the forge does not call private.
+    private_only: bool,
 }
 
 /// Why a job is not served.
@@ -42,7 +44,13 @@ impl Rules {
             workflows: globs(&jobs.workflows),
             events: jobs.events.clone(),
             forks: jobs.forks,
+            private_only: false,
         }
+    }
+
+    /// The same, for private repositories alone where `yes`.
+    pub(crate) fn private_only(self, yes: bool) -> Self {
+        Self { private_only: yes, ..self }
     }
 
     /// What the job itself tells: all that can be checked without asking the forge about its run.
@@ -55,7 +63,11 @@ impl Rules {
     pub(crate) fn check_run(&self, run: &Run) -> Check {
         self.workflow_fits(&run.workflow)?;
         self.event_fits(&run.event)?;
-        self.fork_fits(run.fork)
+        self.fork_fits(run.fork)?;
+        match !self.private_only || run.public == Some(false) {
+            true => Ok(()),
+            false => refuse("PublicRepository", "the repository is public, and runnerGroup.allowPublicRepositories is not set"),
+        }
     }
 
     /// Whether some job may be accepted by both, as far as the rules tell: literal lists without a common member exclude one another.
@@ -70,6 +82,41 @@ impl Rules {
             && common(&self.events, &other.events)
             && globs(&self.repositories, &other.repositories)
             && globs(&self.workflows, &other.workflows)
+    }
+
+    /// What a runner group lets in that these rules refuse, a phrase each: as far as names of repositories and workflows tell.
+    pub(crate) fn refused_of(&self, group: &RunnerGroup) -> Vec<String> {
+        let mut wider = Vec::new();
+        if !self.repositories.is_empty() {
+            let named = |name: &str| self.repositories.iter().any(|glob| glob.matches(name));
+            let strangers = match &group.members {
+                Members::All(None) => (!named(&format!("{ANY}/{ANY}"))).then(|| "every organization of the enterprise".to_owned()),
+                Members::All(Some(owner)) => (!named(&format!("{owner}/{ANY}"))).then(|| format!("every repository of {owner}")),
+                Members::Organizations(owners) => some_of(owners.iter().filter(|owner| !named(&format!("{owner}/{ANY}")))),
+                Members::Repositories(all) => some_of(all.iter().filter(|repository| !named(repository.as_str()))),
+                Members::Unknown => None,
+            };
+            wider.extend(strangers.map(|strangers| format!("{strangers} (jobs.repositories)")));
+        }
+        if !self.workflows.is_empty() {
+            let named = |workflow: &&String| {
+                let path = workflow.split('@').next().unwrap_or_default();
+                // A job of the workflow's own repository names the file alone, one that calls it from elsewhere the whole path.
+                let file = path.split_once("/.github/workflows/").map_or(path, |(_, file)| file);
+                self.workflows.iter().any(|glob| glob.matches(file) || glob.matches(path))
+            };
+            let strangers = match &group.workflows {
+                None => (!self.workflows.iter().any(|glob| glob.matches(ANY))).then(|| "every workflow".to_owned()),
+                Some(all) => some_of(all.iter().filter(|workflow| !named(workflow))),
+            };
+            wider.extend(strangers.map(|strangers| format!("{strangers} (jobs.workflows)")));
+        }
+        wider
+    }
+
+    /// Whether the rules name repositories.
+    pub(crate) fn names_repositories(&self) -> bool {
+        !self.repositories.is_empty()
     }
 
     /// Everything.
@@ -121,6 +168,20 @@ impl Rules {
     }
 }
 
+/// A name that only a pattern fits which fits them all.
+const ANY: &str = "\u{1}\u{1}\u{1}\u{1}";
+
+/// The first three of them, and how many more there are. `None` where there are none.
+fn some_of(all: impl Iterator<Item = impl ToString>) -> Option<String> {
+    let all: Vec<String> = all.map(|item| item.to_string()).collect();
+    let first = all.iter().take(3).cloned().collect::<Vec<_>>().join(", ");
+    match all.len() {
+        0 => None,
+        1..=3 => Some(first),
+        count => Some(format!("{first} and {} more", count - 3)),
+    }
+}
+
 fn refuse(reason: &'static str, message: impl Into<String>) -> Check {
     Err(Refusal { reason, message: message.into() })
 }
@@ -142,7 +203,7 @@ mod tests {
     }
 
     fn run(event: &str, workflow: &str, fork: Option<bool>) -> Run {
-        Run { event: event.to_owned(), workflow: workflow.to_owned(), git_ref: "refs/heads/main".to_owned(), fork }
+        Run { event: event.to_owned(), workflow: workflow.to_owned(), git_ref: "refs/heads/main".to_owned(), fork, public: None }
     }
 
     fn reason(rules: &Rules, job: &Job, run: &Run) -> &'static str {
@@ -194,6 +255,53 @@ mod tests {
         assert!(web.may_overlap(&rules(&["linux"], &["*/api"], &[])), "two patterns may meet");
         assert!(!web.may_overlap(&rules(&["linux"], &["acme/api"], &[])));
         assert!(!web.may_overlap(&rules(&["linux"], &[], &["schedule"])));
+    }
+
+    #[test]
+    fn a_runner_group_that_lets_in_more_than_the_rules_is_told() {
+        let rules = |repositories: &[&str], workflows: &[&str]| {
+            let list = |items: &[&str]| items.iter().map(|item| (*item).to_owned()).collect::<Vec<_>>();
+            Rules::new(&[], &Jobs { repositories: list(repositories), workflows: list(workflows), ..Jobs::default() })
+        };
+        let repositories = |names: &[&str]| Members::Repositories(names.iter().filter_map(|name| Repository::parse(name)).collect());
+        let acme = || Members::All(Some("acme".to_owned()));
+        let release = "acme/web/.github/workflows/release.yml@refs/heads/main";
+        type Row<'a> = (Rules, Members, Option<&'a [&'a str]>, &'a [&'a str]);
+        let rows: [Row<'_>; 13] = [
+            (rules(&[], &[]), acme(), None, &[]),
+            (rules(&["acme/*"], &["*"]), acme(), None, &[]),
+            (rules(&["acme/web"], &[]), acme(), None, &["every repository of acme (jobs.repositories)"]),
+            (rules(&["acme/web*"], &[]), acme(), None, &["every repository of acme (jobs.repositories)"]),
+            (rules(&["acme/web*"], &[]), repositories(&["acme/web", "acme/web-2"]), None, &[]),
+            (rules(&["acme/web"], &[]), repositories(&["acme/web", "acme/api"]), None, &["acme/api (jobs.repositories)"]),
+            (rules(&["x/y"], &[]), repositories(&["a/a", "a/b", "a/c", "a/d"]), None, &["a/a, a/b, a/c and 1 more (jobs.repositories)"]),
+            (rules(&["acme/*"], &[]), Members::All(None), None, &["every organization of the enterprise (jobs.repositories)"]),
+            (rules(&["acme/*"], &[]), Members::Organizations(vec!["acme".into(), "b".into()]), None, &["b (jobs.repositories)"]),
+            (rules(&["acme/web"], &[]), Members::Unknown, None, &[]),
+            (rules(&[], &["release.yml"]), acme(), None, &["every workflow (jobs.workflows)"]),
+            (rules(&[], &["release.yml"]), acme(), Some(&[release]), &[]),
+            (
+                rules(&[], &["ci.yml"]),
+                acme(),
+                Some(&[release]),
+                &["acme/web/.github/workflows/release.yml@refs/heads/main (jobs.workflows)"],
+            ),
+        ];
+        for (rules, members, workflows, expected) in rows {
+            let workflows = workflows.map(|all| all.iter().map(|item| (*item).to_owned()).collect());
+            let group = RunnerGroup { name: "runners".to_owned(), members, workflows };
+            assert_eq!(rules.refused_of(&group), expected, "{rules:?} {group:?}");
+        }
+    }
+
+    #[test]
+    fn a_public_repository_is_refused_where_the_forge_does_not_do_it() {
+        let rules = |private_only: bool| Rules::new(&["linux".to_owned()], &Jobs::default()).private_only(private_only);
+        let reason = |private_only: bool, public: Option<bool>| {
+            reason(&rules(private_only), &job("acme/api", &["linux"]), &Run { public, ..run("push", "x.yml", Some(false)) })
+        };
+        assert_eq!((reason(true, Some(true)), reason(true, None), reason(true, Some(false))), ("PublicRepository", "PublicRepository", ""));
+        assert_eq!((reason(false, Some(true)), reason(false, None)), ("", ""));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures::{FutureExt, Stream, StreamExt};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::apps::v1::DaemonSet;
-use k8s_openapi::api::core::v1::{Node, Pod, Secret};
+use k8s_openapi::api::core::v1::{Node, Pod, ResourceQuota, Secret};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
@@ -30,6 +30,7 @@ use super::nodes::pool_nodes;
 use super::plan::{Input, Plan, Role, plan, plan_blind};
 use super::proof;
 use super::registry::{Deaf, PoolHandle, PoolKey, Pools};
+use super::room::{self, Facts};
 use super::status::{self, Outcome, UserNamespaces, status};
 use super::validate::{Pool, Source, validate};
 use crate::cli::Settings;
@@ -73,6 +74,8 @@ pub(crate) struct Context {
     pub(crate) nodes: Store<Node>,
     /// Of the whole cluster; those that bring network plugins are of interest.
     pub(crate) daemon_sets: Store<DaemonSet>,
+    /// Of every namespace: pools may be in any.
+    pub(crate) quotas: Store<ResourceQuota>,
     /// Endpoints of the API server.
     pub(crate) api_endpoints: Store<EndpointSlice>,
     pub(crate) controls: Controls,
@@ -267,9 +270,13 @@ async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
         return Ok(Action::requeue(RETRY));
     }
     let plan = plan(&input(ctx, &pool, &handle, &observed, proof::wanted(ctx, &handle)));
+    {
+        let mut state = handle.state();
+        state.short_since = (plan.beyond_quota > 0).then(|| state.short_since.unwrap_or_else(|| ctx.now()));
+    }
     let forge = handle.state().link.as_ref().map(|link| link.forge.clone());
     if let Some(forge) = forge {
-        forge.note_room(room(&pool, &handle, &observed));
+        forge.note_room(jobs_at_once(ctx, &pool, &handle, &observed));
         apply(ctx, &pool, &handle, &forge, &observed, &plan).await;
         gc::sweep_if_due(ctx, &pool, &handle, &forge);
         tell_refused(ctx, &pool, &handle, &observed).await;
@@ -278,15 +285,17 @@ async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
     Ok(next(ctx, &pool, &handle, &observed, &plan, written))
 }
 
-/// How many jobs the pool can have at the same time, for a forge that gives out no more. Jobs that it refuses count at the forge as well,
-/// and would keep others from coming. While pods do not start, it wants no more than it has.
-fn room(pool: &Pool, handle: &PoolHandle, observed: &gather::Observed) -> u32 {
-    let refused = u32::try_from(observed.waiting.len()).unwrap_or(u32::MAX);
-    let served = match handle.state().start_failures {
-        0 => pool.spec.scale.max,
-        _ => u32::try_from(observed.queued.len() + observed.pods.len()).unwrap_or(u32::MAX).clamp(1, pool.spec.scale.max),
-    };
-    served.saturating_add(refused)
+/// How many jobs the pool can have at the same time.
+fn jobs_at_once(ctx: &Context, pool: &Pool, handle: &PoolHandle, observed: &gather::Observed) -> u32 {
+    room::jobs_at_once(&Facts {
+        now: ctx.now(),
+        max: pool.spec.scale.max,
+        start_failures: handle.state().start_failures,
+        queued: observed.queued.len(),
+        refused: observed.waiting.len(),
+        pods: &observed.pods,
+        quota: observed.quota.as_ref(),
+    })
 }
 
 /// Tells once of each job that GitHub gave to the pool's scale set and that the pool does not serve: nobody else will. A Gitea pool sees
@@ -332,6 +341,7 @@ fn input(ctx: &Context, pool: &Pool, handle: &PoolHandle, observed: &gather::Obs
         deadlines: pool.deadlines,
         queued: observed.queued.clone(),
         pods: observed.pods.clone(),
+        quota: observed.quota.as_ref().map(|left| left.pods),
         not_before: handle.state().not_before,
     }
 }
@@ -346,6 +356,10 @@ fn next(ctx: &Context, pool: &Pool, handle: &PoolHandle, observed: &gather::Obse
     // Decisions that only wait for time to pass: a runner that may be needless, a pause, numbers to write.
     if !plan.pause.is_empty() || observed.pods.iter().any(|pod| matches!(pod.role, Role::Idle { .. })) {
         wait = wait.min(POLL_BUSY);
+    }
+    // Its end is seen at once; that it lasts is told, and what was counted twice is put right.
+    if plan.beyond_quota > 0 {
+        wait = wait.min(RETRY);
     }
     if !written {
         wait = wait.min(Duration::try_from(status::COUNTS_EVERY).unwrap_or(RETRY));
@@ -457,4 +471,4 @@ async fn remove_registrations(guarded: &Guarded, ctx: &Context, key: &PoolKey, u
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -18,14 +18,15 @@ use super::accept::Refusal;
 use super::controller::Context;
 use super::plan::{PodFacts, Role};
 use super::registry::{Link, OwedJob, PoolHandle, PoolState, Registered};
+use super::room::{Charge, Left, add_times, charge, left};
 use super::validate::{GitHubCredential, Pool, Source};
 use crate::forge::gitea::Gitea;
-use crate::forge::github::{self, GitHub};
+use crate::forge::github::{self, GitHub, JustInTime};
 use crate::forge::{
     Forge, ForgeError, Job, JobId, JobKey, JobState, Reach, RegisteredRunner, Repository, Run, RunnerKey, ScaleSet, Secret, refused,
 };
 use crate::isolation::no_forge_at;
-use crate::runner::{Phase, phase};
+use crate::runner::{Phase, Placement, PodRequest, phase, runner_pod};
 
 /// Most waiting jobs told in a pool's status.
 pub(super) const WAITING_TOLD: usize = 10;
@@ -57,6 +58,8 @@ pub(super) struct Observed {
     pub(super) orphans: Vec<Orphan>,
     /// Older pools that may accept some of the same jobs.
     pub(super) overlaps: Vec<String>,
+    /// What the namespace's quotas leave; `None` where none counts runner pods.
+    pub(super) quota: Option<Left>,
 }
 
 /// A registration whose pod is gone, with the job it had and the means to say that this job is lost.
@@ -106,7 +109,37 @@ pub(super) async fn gather(
     demand(ctx, pool, handle, &forge, &mut observed).await?;
     let refusals = refusals(ctx, pool, handle, &forge).await?;
     pods(ctx, pool, handle, &refusals, &mut observed);
+    observed.quota = quota_left(ctx, pool, handle);
     Ok(observed)
+}
+
+/// What the quotas of the pool's namespace leave. Pods that the watch has not shown may be missing in what a quota has counted.
+fn quota_left(ctx: &Context, pool: &Pool, handle: &PoolHandle) -> Option<Left> {
+    let all = ctx.quotas.state();
+    let quotas: Vec<_> = all.into_iter().filter(|quota| quota.namespace().as_deref() == Some(&pool.key.namespace)).collect();
+    if quotas.is_empty() {
+        return None;
+    }
+    let name = RunnerName::new(&pool.key.name, &pool.uid, [0; 8]);
+    let request = PodRequest {
+        name: &name,
+        namespace: &pool.key.namespace,
+        pool: &pool.key.name,
+        owner: &pool.owner,
+        spec: &pool.spec,
+        user_namespace: false,
+        life_seconds: 1,
+        sentinels: &[],
+        placement: Placement::NotOn(Vec::new()),
+    };
+    let charge = charge(&runner_pod(&request, &ctx.settings.pods));
+    handle.state().charge = charge.clone();
+    let mut coming = Charge::new();
+    for neighbour in ctx.registry.all().iter().filter(|neighbour| neighbour.key.namespace == pool.key.namespace) {
+        let state = neighbour.state();
+        add_times(&mut coming, &state.charge, state.spawned.values().filter(|spawned| !spawned.seen).count());
+    }
+    left(&quotas, &charge, &coming)
 }
 
 /// The pool's forge client; a new one when what it is made from changed.
@@ -122,13 +155,13 @@ pub(super) fn link(
     }
     let credential = match &pool.source {
         Source::Gitea { token, .. } => github::Credential::Token(secret(ctx, pool, token, "forge.gitea.tokenSecretRef")?),
-        Source::GitHub { credential: GitHubCredential::Token(token), .. } => {
-            github::Credential::Token(secret(ctx, pool, token, "forge.github.tokenSecretRef")?)
-        }
-        Source::GitHub { credential: GitHubCredential::App { client_id, installation_id, key }, .. } => github::Credential::App {
-            client_id: client_id.clone(),
-            installation_id: *installation_id,
-            key: secret(ctx, pool, key, "forge.github.app.privateKeySecretRef")?,
+        Source::GitHub { credential, .. } | Source::JustInTime { credential, .. } => match credential {
+            GitHubCredential::Token(token) => github::Credential::Token(secret(ctx, pool, token, "forge.github.tokenSecretRef")?),
+            GitHubCredential::App { client_id, installation_id, key } => github::Credential::App {
+                client_id: client_id.clone(),
+                installation_id: *installation_id,
+                key: secret(ctx, pool, key, "forge.github.app.privateKeySecretRef")?,
+            },
         },
     };
     let webhook_secret = match &pool.webhook_secret {
@@ -147,10 +180,23 @@ pub(super) fn link(
             link.credential = credential;
             return Ok(link.forge.clone());
         }
+        if let Some(just_in_time) = &link.just_in_time {
+            just_in_time.renew(credential.clone());
+            link.credential = credential;
+            return Ok(link.forge.clone());
+        }
     }
-    let (forge, scale_set): (Arc<dyn Forge>, _) = match &pool.source {
-        Source::Gitea { scope, .. } => {
-            (Arc::new(Gitea::new(ctx.http.clone(), &pool.url, scope.clone(), credential.secret().clone())), None)
+    let (mut scale_set, mut just_in_time) = (None, None);
+    let forge: Arc<dyn Forge> = match &pool.source {
+        Source::Gitea { scope, .. } => Arc::new(Gitea::new(ctx.http.clone(), &pool.url, scope.clone(), credential.secret().clone())),
+        Source::JustInTime { config, .. } => {
+            let made = Arc::new(JustInTime::new(ctx.http.clone(), (**config).clone(), credential.clone(), no_forge_at));
+            // What webhooks told before, or of another spec's jobs: it is looked up.
+            let known = state.link.as_ref().and_then(|link| link.just_in_time.clone());
+            let before = known.map(|known| known.known()).unwrap_or_default();
+            before.into_iter().chain(std::mem::take(&mut state.hinted)).for_each(|job| made.hint(job, None));
+            just_in_time = Some(made.clone());
+            made
         }
         Source::GitHub { config, .. } => {
             let earlier = earlier.map(|set| ScaleSet { id: set.id, name: set.name.clone(), session: set.session_id.clone() });
@@ -165,10 +211,12 @@ pub(super) fn link(
                 GitHub::new(ctx.http.clone(), (**config).clone(), credential.clone(), no_forge_at, earlier, room, wake);
             ctx.tasks.spawn(listening);
             let forge = Arc::new(forge);
-            (forge.clone(), Some(forge))
+            scale_set = Some(forge.clone());
+            forge
         }
     };
-    state.link = Some(Link { forge: forge.clone(), scale_set, url: pool.url.clone(), source: pool.source.clone(), credential });
+    state.link =
+        Some(Link { forge: forge.clone(), scale_set, just_in_time, url: pool.url.clone(), source: pool.source.clone(), credential });
     Ok(forge)
 }
 
@@ -206,6 +254,11 @@ fn allowed(annotations: &BTreeMap<String, String>, pool: &Pool) -> Result<(), St
 async fn adopt(ctx: &Context, pool: &Pool, handle: &PoolHandle, forge: &Arc<dyn Forge>) -> Result<(), ForgeError> {
     let living: BTreeMap<String, Arc<Pod>> =
         own_pods(ctx, pool).into_iter().filter(|pod| phase(pod) != Phase::Leaving).map(|pod| (pod.name_any(), pod)).collect();
+    let just_in_time = handle.state().link.as_ref().and_then(|link| link.just_in_time.clone());
+    if let Some(just_in_time) = just_in_time {
+        // GitHub lists runners by place, and not all places of an organization are known.
+        living.values().filter_map(|pod| marked(pod)).for_each(|job| just_in_time.note_place(&job.key.repository));
+    }
     for runner in runners_of_pool(forge, &pool.uid).await? {
         if let Some(pod) = living.get(&runner.name) {
             if let Some(job) = marked(pod) {

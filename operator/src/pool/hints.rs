@@ -15,14 +15,14 @@ use tower::limit::GlobalConcurrencyLimitLayer;
 use super::controller::Context;
 use super::registry::{PoolHandle, PoolKey};
 use super::validate::validate;
-use crate::forge::gitea::webhook::{self, MAX_BODY, Refusal};
+use crate::forge::webhook::{self, MAX_BODY, Refusal};
 use crate::forge::{JobKey, Repository};
 
 /// Deliveries looked at the same time: each may hold `MAX_BODY` bytes.
 const DELIVERIES: usize = 64;
 /// How long a delivery may take, its body included.
 const DELIVERY_TIME: Duration = Duration::from_secs(10);
-/// Most jobs remembered to be looked at; the next pass lists them all anyway.
+/// Most jobs remembered to be looked at; the next pass lists them all anyway. A forge that cannot list them keeps them itself.
 const HINTS_KEPT: usize = 1_000;
 
 /// The routes.
@@ -52,7 +52,9 @@ async fn deliver(
     let result = check(handle.as_deref(), &headers, &body);
     let (outcome, answer) = match result {
         Ok(hint) => {
-            take(&ctx, handle.as_deref(), hint);
+            if let Some(hint) = hint {
+                take(&ctx, handle.as_deref(), &hint);
+            }
             ("accepted", (StatusCode::ACCEPTED, String::new()))
         }
         Err(refusal) => {
@@ -67,23 +69,26 @@ async fn deliver(
     answer
 }
 
-/// A verified hint. A pool that does not exist and one without a secret look the same from outside as a wrong secret.
-fn check(handle: Option<&PoolHandle>, headers: &HeaderMap, body: &[u8]) -> Result<webhook::Hint, Refusal> {
+/// A verified hint; `None` where the forge only asks whether anybody is there. A pool that does not exist and one without a secret look the same from outside as a wrong secret.
+fn check(handle: Option<&PoolHandle>, headers: &HeaderMap, body: &[u8]) -> Result<Option<webhook::Hint>, Refusal> {
     let signature = headers.get("x-hub-signature-256").map(|value| value.as_bytes()).ok_or(Refusal::Unsigned)?;
     let secret = handle.and_then(|handle| handle.state().webhook_secret.clone()).ok_or(Refusal::WrongSignature)?;
     webhook::verify(&secret, Some(signature), body)?;
-    webhook::read(body)
+    webhook::read(headers.get("x-github-event").map(|value| value.as_bytes()), body)
 }
 
 /// Notes the job and wakes every pool of that server whose scope covers the repository.
-fn take(ctx: &Context, handle: Option<&PoolHandle>, hint: webhook::Hint) {
+fn take(ctx: &Context, handle: Option<&PoolHandle>, hint: &webhook::Hint) {
     let url = handle.and_then(|handle| handle.state().link.as_ref().map(|link| link.url.clone()));
     let Some(url) = url else { return };
     for handle in pools_for(ctx, &url, &hint.repository) {
         if let Some(id) = hint.job {
+            let key = JobKey { repository: hint.repository.clone(), id: id.into() };
             let mut state = handle.state();
-            if state.hinted.len() < HINTS_KEPT {
-                state.hinted.insert(JobKey { repository: hint.repository.clone(), id: id.into() });
+            if let Some(just_in_time) = state.link.as_ref().and_then(|link| link.just_in_time.clone()) {
+                just_in_time.hint(key, Some(&hint.labels));
+            } else if state.hinted.len() < HINTS_KEPT {
+                state.hinted.insert(key);
             }
         }
         ctx.registry.wake(handle.key.clone());
@@ -95,3 +100,6 @@ fn pools_for(ctx: &Context, url: &str, repository: &Repository) -> Vec<Arc<PoolH
     let valid = stored.iter().filter_map(|guarded| validate(guarded.0.as_ref().ok()?).ok());
     valid.filter(|pool| pool.scope_covers(url, repository)).filter_map(|pool| ctx.registry.get(&pool.key)).collect()
 }
+
+#[cfg(test)]
+mod tests;

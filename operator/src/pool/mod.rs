@@ -10,6 +10,7 @@ mod nodes;
 mod plan;
 pub(crate) mod proof;
 mod registry;
+mod room;
 mod status;
 mod validate;
 
@@ -19,4 +20,5 @@ pub(crate) use dialects::Dialects;
 pub(crate) use gather::{own_pods, runners_of_pool};
 pub(crate) use nodes::looked_at;
 pub(crate) use registry::{Deaf, NoJob, PoolHandle, PoolKey, Pools};
+pub(crate) use room::parts;
 pub(crate) use validate::Pool;

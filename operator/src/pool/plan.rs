@@ -36,6 +36,8 @@ pub(crate) struct Input {
     pub(crate) queued: Vec<OwedJob>,
     /// Every pod of the pool.
     pub(crate) pods: Vec<PodFacts>,
+    /// Pods that the namespace's quotas leave room for, beside those; `None` where no quota counts them.
+    pub(crate) quota: Option<u32>,
     /// No pod is created before.
     pub(crate) not_before: Option<Timestamp>,
 }
@@ -116,6 +118,8 @@ pub(crate) struct Plan {
     pub(crate) pause: Vec<String>,
     /// Jobs for which registrations may be made, oldest first.
     pub(crate) owed: Vec<OwedJob>,
+    /// Pods that are wanted, and that a quota has no room for.
+    pub(crate) beyond_quota: u32,
 }
 
 /// A pod to delete.
@@ -167,9 +171,11 @@ pub(crate) fn plan(input: &Input) -> Plan {
     plan.owed = owed;
 
     let wanted = plan.owed.len() + input.warm as usize;
-    let room = (input.max as usize).saturating_sub(input.pods.len());
+    let below_max = (input.max as usize).saturating_sub(input.pods.len());
+    let room = input.quota.map_or(below_max, |left| below_max.min(left as usize));
     let may_create = input.not_before.is_none_or(|time| time <= input.now);
     let missing = wanted.saturating_sub(waiting.len());
+    plan.beyond_quota = u32::try_from(missing.min(below_max).saturating_sub(room)).unwrap_or(u32::MAX);
     if may_create {
         plan.create = u32::try_from(missing.min(room)).unwrap_or(u32::MAX);
         // Jobs first: the nodes on which their pods will be are proved by these.

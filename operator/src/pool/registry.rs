@@ -15,8 +15,9 @@ use tokio::sync::{Notify, mpsc};
 use super::dialects::Names;
 use super::nodes::PoolNode;
 use super::proof::PodProof;
+use super::room::Charge;
 use super::validate::Source;
-use crate::forge::github::{self, GitHub};
+use crate::forge::github::{self, GitHub, JustInTime};
 use crate::forge::{Forge, Job, JobKey, Reach, Repository, Run, RunnerKey, Secret};
 
 /// A watch is not begun anew more often than this.
@@ -111,6 +112,8 @@ pub(crate) struct Link {
     pub(crate) forge: Arc<dyn Forge>,
     /// The same, where it is a scale set.
     pub(crate) scale_set: Option<Arc<GitHub>>,
+    /// The same, where it is GitHub without a scale set: to be told of what webhooks say.
+    pub(crate) just_in_time: Option<Arc<JustInTime>>,
     /// The forge as the pool's Secrets name it.
     pub(crate) url: String,
     /// What it was made from; a change makes a new one.
@@ -174,6 +177,10 @@ pub(crate) struct PoolState {
     pub(crate) claimed: BTreeSet<String>,
     /// Jobs that the pool does not serve and that an event told of.
     pub(crate) told: BTreeSet<String>,
+    /// What each of its pods is charged with by quotas.
+    pub(crate) charge: Charge,
+    /// Since when jobs wait because a quota has no room.
+    pub(crate) short_since: Option<Timestamp>,
     /// When the status was last written.
     pub(crate) status_written: Option<Timestamp>,
 }

@@ -1,22 +1,27 @@
 //! What a pool tells: conditions, numbers, waiting jobs. Written only when it says something new.
 
-use jiff::SignedDuration;
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use mayfly_crds::conditions::{self, Verdict, reasons};
 use mayfly_crds::{Counts, EgressHost, IsolationVerdict, NodeIsolation, RunnerPoolStatus, ScaleSetStatus, Starts, WaitingJob};
 
+use super::accept::Rules;
 use super::dialects::Names;
 use super::gather::{GatherError, Observed, WAITING_TOLD};
 use super::nodes::PoolNode;
 use super::plan::{Plan, Role};
 use super::proof;
 use super::registry::PoolState;
-use super::validate::{GitHubCredential, Pool, Source};
-use crate::forge::ForgeError;
+use super::room::Left;
+use super::validate::{GitHubCredential, Pool};
+use crate::forge::{ForgeError, Members, RunnerGroup};
 use crate::runner::Phase;
 
 /// Numbers and waiting jobs are not written more often than this.
 pub(super) const COUNTS_EVERY: SignedDuration = SignedDuration::from_secs(5);
+
+/// How long jobs wait for a quota before it is told.
+const SHORT: SignedDuration = SignedDuration::from_secs(10);
 
 /// Whether runner pods get a user namespace of their own.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -103,6 +108,10 @@ pub(super) fn status(
             verdicts.push(ready(state));
             verdicts.push(reachable(pool));
             verdicts.push(overlap(observed));
+            verdicts
+                .extend(pool.zip(observed.quota.as_ref()).map(|(pool, left)| quota(pool.spec.scale.max, left, state.short_since, now.0)));
+            let group = state.link.as_ref().and_then(|link| link.forge.runner_group());
+            verdicts.extend(pool.zip(group).map(|(pool, group)| runner_group(&pool.rules, &group)));
             new.counts = counts(observed, plan);
             new.waiting_jobs = waiting(observed, plan, pool, state);
             new.observed_generation = generation;
@@ -118,6 +127,7 @@ fn waiting(observed: &Observed, plan: &Plan, pool: Option<&Pool>, state: &PoolSt
         observed.pods.iter().filter(|pod| matches!(pod.role, Role::Waiting { .. }) && matches!(pod.phase, Phase::Alive { .. })).count();
     let max = pool.map_or(0, |pool| pool.spec.scale.max);
     let (reason, message) = match (state.start_failures, observed.pods.len() >= max as usize) {
+        (0, false) if plan.beyond_quota > 0 => ("AtQuota", observed.quota.as_ref().map(|left| left.by.clone()).unwrap_or_default()),
         (0, _) | (_, true) => ("AtMax", format!("all {max} runner pods of scale.max are in use")),
         _ => ("StartsFail", "runner pods do not start; see the condition Ready".to_owned()),
     };
@@ -141,8 +151,8 @@ fn blind(error: &GatherError) -> (&'static str, String) {
 
 fn reachable(pool: Option<&Pool>) -> Verdict {
     let type_ = conditions::FORGE_REACHABLE;
-    match pool.map(|pool| &pool.source) {
-        Some(Source::GitHub { credential: GitHubCredential::Token(_), .. }) => {
+    match pool.and_then(|pool| pool.source.github_credential()) {
+        Some(GitHubCredential::Token(_)) => {
             let message =
                 "the forge answers, to a personal access token: it is a person's and lives long; use a GitHub App (forge.github.app)";
             Verdict::yes(type_, reasons::PERSONAL_ACCESS_TOKEN, message)
@@ -210,6 +220,42 @@ fn overlap(observed: &Observed) -> Verdict {
     }
 }
 
+/// Whether the quotas of the namespace let the pool be as large as it wants. What is short for a moment, while a pod goes and the next comes,
+/// is not told.
+fn quota(max: u32, left: &Left, short_since: Option<Timestamp>, now: Timestamp) -> Verdict {
+    let type_ = conditions::QUOTA;
+    if left.most < max {
+        let message = format!("{}: that is {} runner pod(s) at most, and scale.max is {max}", left.most_by, left.most);
+        return Verdict::no(type_, reasons::QUOTA_BELOW_MAX, message);
+    }
+    match short_since {
+        Some(since) if now.duration_since(since) >= SHORT => {
+            let message = format!("jobs wait because the quota is used up, by others than this pool as well: {}", left.by);
+            Verdict::no(type_, reasons::QUOTA_USED_UP, message)
+        }
+        _ => Verdict::yes(type_, reasons::OK, "the ResourceQuotas of the namespace keep no job waiting"),
+    }
+}
+
+/// GitHub chooses the job that a runner of the scale set gets: what the group lets in and the rules refuse is given to the pool all the same.
+fn runner_group(rules: &Rules, group: &RunnerGroup) -> Verdict {
+    let (type_, name) = (conditions::RUNNER_GROUP, &group.name);
+    let wider = rules.refused_of(group);
+    if !wider.is_empty() {
+        let message = format!(
+            "runner group {name:?} lets in what the pool refuses: {}. GitHub gives such jobs to the pool all the same: they stay queued, and \
+             one that gets the runner made for another job ends. Restrict the group at GitHub (its repository and workflow access)",
+            wider.join("; ")
+        );
+        return Verdict::no(type_, reasons::RUNNER_GROUP_WIDER, message);
+    }
+    if group.members == Members::Unknown && rules.names_repositories() {
+        let message = format!("GitHub does not say which repositories may use runner group {name:?}");
+        return Verdict::unknown(type_, reasons::RUNNER_GROUP_UNKNOWN, message);
+    }
+    Verdict::yes(type_, reasons::OK, format!("runner group {name:?} lets in no repository and no workflow that the pool refuses by name"))
+}
+
 fn counts(observed: &Observed, plan: &Plan) -> Counts {
     let living = |pod: &&super::plan::PodFacts| {
         matches!(pod.phase, Phase::Alive { .. } | Phase::Stuck(_)) && !plan.delete.iter().any(|deletion| deletion.name == pod.name)
@@ -236,10 +282,22 @@ pub(super) fn differs_at_once(a: &RunnerPoolStatus, b: &RunnerPoolStatus) -> boo
 
 #[cfg(test)]
 mod tests {
-    use jiff::Timestamp;
-
     use super::*;
     use crate::kube_io::stored_time;
+
+    #[test]
+    fn a_quota_that_limits_the_pool_is_told_once_it_lasts() {
+        let now = Timestamp::from_second(1_000_000).expect("a time");
+        let told = |most: u32, short_for: Option<i64>| {
+            let left =
+                Left { pods: 0, by: "ResourceQuota q: pods is 5".to_owned(), most, most_by: "ResourceQuota q: pods is 5".to_owned() };
+            let verdict = quota(5, &left, short_for.map(|seconds| now - SignedDuration::from_secs(seconds)), now);
+            assert!(verdict.status == conditions::Status::True || verdict.message.contains("ResourceQuota q"), "{}", verdict.message);
+            verdict.reason
+        };
+        assert_eq!((told(5, None), told(4, None), told(4, Some(60))), (reasons::OK, reasons::QUOTA_BELOW_MAX, reasons::QUOTA_BELOW_MAX));
+        assert_eq!((told(5, Some(1)), told(5, Some(60))), (reasons::OK, reasons::QUOTA_USED_UP));
+    }
 
     #[test]
     fn host_names_without_an_engine_that_knows_them_are_told_once() {

@@ -6,7 +6,7 @@ use jiff::SignedDuration;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::{Resource, ResourceExt};
-use mayfly_crds::{Gitea, Github, RunnerPool, RunnerPoolSpec, SecretKeyRef};
+use mayfly_crds::{Gitea, Github, GithubScaleSet, Jobs, RunnerPool, RunnerPoolSpec, SecretKeyRef};
 
 use super::accept::Rules;
 use super::registry::PoolKey;
@@ -43,6 +43,8 @@ pub(crate) enum Source {
     Gitea { scope: Scope, token: SecretKeyRef },
     /// A scale set of GitHub's.
     GitHub { config: Box<github::Config>, credential: GitHubCredential },
+    /// GitHub, without a scale set.
+    JustInTime { config: Box<github::JitConfig>, credential: GitHubCredential },
 }
 
 impl Source {
@@ -50,7 +52,24 @@ impl Source {
     pub(crate) fn webhook_secret_field(&self) -> &'static str {
         match self {
             Self::Gitea { .. } => "forge.gitea.webhookSecretRef",
-            Self::GitHub { .. } => "forge.github.webhookSecretRef",
+            Self::GitHub { .. } | Self::JustInTime { .. } => "forge.github.webhookSecretRef",
+        }
+    }
+
+    /// With what GitHub knows the pool; `None` for another forge.
+    pub(crate) fn github_credential(&self) -> Option<&GitHubCredential> {
+        match self {
+            Self::Gitea { .. } => None,
+            Self::GitHub { credential, .. } | Self::JustInTime { credential, .. } => Some(credential),
+        }
+    }
+
+    /// The address of what it serves at GitHub; `None` for another forge.
+    fn github_url(&self) -> Option<&ConfigUrl> {
+        match self {
+            Self::Gitea { .. } => None,
+            Self::GitHub { config, .. } => Some(&config.url),
+            Self::JustInTime { config, .. } => Some(&config.url),
         }
     }
 }
@@ -82,7 +101,7 @@ pub(crate) fn validate(pool: &RunnerPool) -> Result<Pool, String> {
     let key = PoolKey { namespace: pool.namespace().unwrap_or_default(), name: pool.name_any() };
     let found = match (&spec.forge.gitea, &spec.forge.github) {
         (Some(gitea), None) => from_gitea(gitea)?,
-        (None, Some(github)) => from_github(github, &key)?,
+        (None, Some(github)) => from_github(github, &key, pool.uid().as_deref().unwrap_or_default(), &spec.jobs)?,
         _ => return Err("spec.forge: name exactly one forge, gitea or github".to_owned()),
     };
     if spec.scale.max == 0 || spec.scale.warm > spec.scale.max {
@@ -110,7 +129,7 @@ pub(crate) fn validate(pool: &RunnerPool) -> Result<Pool, String> {
         port: found.port,
         source: found.source,
         webhook_secret: found.webhook_secret,
-        rules: Rules::new(&found.labels, &spec.jobs),
+        rules: Rules::new(&found.labels, &spec.jobs).private_only(found.private_only),
         deadlines: Deadlines {
             start: duration("spec.deadlines.start", &spec.deadlines.start)?,
             idle: duration("spec.deadlines.idle", &spec.deadlines.idle)?,
@@ -128,6 +147,7 @@ struct Found {
     source: Source,
     webhook_secret: Option<SecretKeyRef>,
     labels: Vec<String>,
+    private_only: bool,
 }
 
 fn from_gitea(gitea: &Gitea) -> Result<Found, String> {
@@ -153,10 +173,11 @@ fn from_gitea(gitea: &Gitea) -> Result<Found, String> {
         source: Source::Gitea { scope, token: gitea.token_secret_ref.clone() },
         webhook_secret: gitea.webhook_secret_ref.clone(),
         labels: gitea.labels.clone(),
+        private_only: false,
     })
 }
 
-fn from_github(github: &Github, key: &PoolKey) -> Result<Found, String> {
+fn from_github(github: &Github, key: &PoolKey, uid: &str, jobs: &Jobs) -> Result<Found, String> {
     let url = ConfigUrl::parse(&github.url).map_err(|why| format!("spec.forge.github.url: {why}"))?;
     let credential = match (&github.app, &github.token_secret_ref) {
         (Some(app), None) => GitHubCredential::App {
@@ -167,39 +188,79 @@ fn from_github(github: &Github, key: &PoolKey) -> Result<Found, String> {
         (None, Some(token)) => GitHubCredential::Token(token.clone()),
         _ => return Err("spec.forge.github: name exactly one credential, app or tokenSecretRef".to_owned()),
     };
-    let name = github.scale_set.name.clone().unwrap_or_else(|| key.name.clone());
     let label = |text: &String| !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+    let group = github::Group {
+        name: github.runner_group.name.clone(),
+        allow_default_group: github.runner_group.allow_default_group,
+        allow_public_repositories: github.runner_group.allow_public_repositories,
+        require_selected_repositories: github.runner_group.require_selected_repositories,
+        require_selected_workflows: github.runner_group.require_selected_workflows,
+    };
+    if group.require_selected_workflows && url.is_repository() {
+        return Err(
+            "spec.forge.github.runnerGroup.requireSelectedWorkflows: the runners of a repository are in no runner group, which could \
+             restrict them"
+                .to_owned(),
+        );
+    }
+    let (private_only, api) = (!github.runner_group.allow_public_repositories, reqwest::Url::parse(&url.api).ok());
+    let api = api.and_then(|api| api.host_str().map(str::to_owned));
+    let mut hosts = vec![url.host.clone()];
+    hosts.extend(api.filter(|api| *api != url.host));
+    let found = |url: &ConfigUrl, source: Source, labels: Vec<String>, private_only: bool| Found {
+        url: url.text.clone(),
+        hosts,
+        port: url.port,
+        source,
+        webhook_secret: github.webhook_secret_ref.clone(),
+        labels,
+        private_only,
+    };
+    if let Some(just_in_time) = &github.just_in_time {
+        let field = "spec.forge.github.justInTime";
+        if github.webhook_secret_ref.is_none() {
+            return Err(format!("{field} needs webhookSecretRef: GitHub tells of jobs by webhooks"));
+        }
+        if github.scale_set != GithubScaleSet::default() {
+            return Err(format!("{field}: there is no scale set then, so that scaleSet has to be left out"));
+        }
+        if (group.require_selected_repositories || group.require_selected_workflows) && group.name.is_none() {
+            return Err(format!("{field}: without runnerGroup.name its runners are in no runner group, which could be restricted"));
+        }
+        if just_in_time.labels.is_empty() || !just_in_time.labels.iter().all(label) {
+            return Err(format!("{field}.labels: name at least one label, of letters, digits, '.', '_' and '-'"));
+        }
+        let repositories = match url.repository() {
+            Some(own) => vec![own.clone()],
+            None => {
+                let named = jobs.repositories.iter().filter_map(|name| Repository::parse(name));
+                named.filter(|repository| url.covers(repository)).collect()
+            }
+        };
+        let labels = just_in_time.labels.clone();
+        let pool = uid.to_owned();
+        let config = github::JitConfig { url, labels: labels.clone(), group, pool, repositories, pace: github::Pace::default() };
+        let url = config.url.clone();
+        return Ok(found(&url, Source::JustInTime { config: Box::new(config), credential }, labels, private_only));
+    }
+    let name = github.scale_set.name.clone().unwrap_or_else(|| key.name.clone());
     let mut labels = vec![name.clone()];
     labels.extend(github.scale_set.labels.iter().filter(|label| **label != name).cloned());
     if let Some(bad) = labels.iter().find(|text| !label(text)) {
         return Err(format!("spec.forge.github.scaleSet: {bad:?} is not a name of letters, digits, '.', '_' and '-'"));
     }
-    let api = reqwest::Url::parse(&url.api).ok().and_then(|api| api.host_str().map(str::to_owned));
-    let mut hosts = vec![url.host.clone()];
-    hosts.extend(api.filter(|api| *api != url.host));
-    let group = github::Group {
-        name: github.runner_group.name.clone(),
-        allow_default_group: github.runner_group.allow_default_group,
-        allow_public_repositories: github.runner_group.allow_public_repositories,
+    let config = github::Config {
+        url,
+        scale_set: name,
+        labels: labels.clone(),
+        group,
+        owner: format!("mayfly {key}"),
+        poll: github::POLL,
+        look: github::LOOK,
     };
-    Ok(Found {
-        url: url.text.clone(),
-        hosts,
-        port: url.port,
-        source: Source::GitHub {
-            config: Box::new(github::Config {
-                url,
-                scale_set: name,
-                labels: labels.clone(),
-                group,
-                owner: format!("mayfly {key}"),
-                poll: github::POLL,
-            }),
-            credential,
-        },
-        webhook_secret: github.webhook_secret_ref.clone(),
-        labels,
-    })
+    let url = config.url.clone();
+    // GitHub keeps public repositories out of a runner group by itself.
+    Ok(found(&url, Source::GitHub { config: Box::new(config), credential }, labels, false))
 }
 
 impl Pool {
@@ -215,11 +276,11 @@ impl Pool {
                         Scope::Repository(own) => own.as_str().eq_ignore_ascii_case(repository.as_str()),
                     }
             }
-            Source::GitHub { config, .. } => {
+            source @ (Source::GitHub { .. } | Source::JustInTime { .. }) => {
                 let host = |text: &str| {
                     reqwest::Url::parse(text).ok().and_then(|url| Some((url.host_str()?.to_owned(), url.port_or_known_default())))
                 };
-                host(&self.url) == host(url) && config.url.covers(repository)
+                host(&self.url) == host(url) && source.github_url().is_some_and(|own| own.covers(repository))
             }
         }
     }
@@ -241,7 +302,11 @@ impl Pool {
             (Source::GitHub { config, .. }, Source::GitHub { config: others, .. }) => {
                 same_server(&self.url, &other.url) && config.scale_set.eq_ignore_ascii_case(&others.scale_set)
             }
-            _ => false,
+            // Whoever is faster gets the job, be it a scale set.
+            (one, other_source) => match (one.github_url(), other_source.github_url()) {
+                (Some(url), Some(others)) => url.meets(others) && self.rules.may_overlap(&other.rules),
+                _ => false,
+            },
         }
     }
 
@@ -252,6 +317,7 @@ impl Pool {
             Source::Gitea { scope: Scope::Organization(name), .. } => format!("{}/{name}", self.url),
             Source::Gitea { scope: Scope::Repository(name), .. } => format!("{}/{name}", self.url),
             Source::GitHub { config, .. } => format!("{} ({})", self.url, config.scale_set),
+            Source::JustInTime { .. } => format!("{} (just in time)", self.url),
         }
     }
 
@@ -333,6 +399,28 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn a_pool_without_a_scale_set_is_taken_apart() {
+        let spec = |url: &str, more: &str, jobs: &str| {
+            let jit = r#""justInTime":{"labels":["self-hosted","linux"]},"webhookSecretRef":{"name":"w"}"#;
+            let spec = format!(r#"{{"forge":{{"github":{{"url":"{url}",{APP},{jit}{more}}}}},"jobs":{jobs}}}"#);
+            validate(&runner_pool(&spec)).expect("valid")
+        };
+        let named = r#"{"repositories":["acme/web","acme/lib-*","eve/web"]}"#;
+        let acme = spec("https://github.com/acme", "", named);
+        let Source::JustInTime { config, .. } = &acme.source else { panic!("no scale set") };
+        assert_eq!(config.repositories.iter().map(Repository::as_str).collect::<Vec<_>>(), ["acme/web"], "those of its own with a name");
+        assert_eq!((acme.scope_text().as_str(), config.labels.len()), ("https://github.com/acme (just in time)", 2));
+        let web = Repository::parse("acme/web").expect("a repository");
+        assert!(acme.scope_covers("https://github.com/acme", &web) && !acme.scope_covers("https://git.example/acme", &web));
+        let own = spec("https://github.com/acme/web", "", "{}");
+        let Source::JustInTime { config, .. } = &own.source else { panic!("no scale set") };
+        assert_eq!(config.repositories, [web]);
+        let set = |name: &str| validate(&runner_pool(&github("https://github.com/acme", APP, name))).expect("valid");
+        assert!(acme.may_overlap(&own) && acme.may_overlap(&set(r#"{"name":"linux"}"#)) && !acme.may_overlap(&set("{}")));
+        assert!(!own.may_overlap(&spec("https://github.com/acme/api", "", "{}")));
+    }
+
+    #[test]
     fn a_good_pool_is_taken_apart() {
         let pool = validate(&runner_pool(&format!(r#"{{"forge":{{"gitea":{GITEA}}}}}"#))).expect("valid");
         assert_eq!((pool.hosts.join(" ").as_str(), pool.port, pool.url.as_str()), ("git.example", 3000, "https://git.example:3000"));
@@ -346,6 +434,7 @@ pub(super) mod tests {
     #[test]
     fn what_got_past_the_api_server_is_refused_here() {
         let gitea = |scope: &str| format!(r#"{{"gitea":{}}}"#, GITEA.replace(r#"{"organization":"acme"}"#, scope));
+        let jit = |just_in_time: &str, more: &str| format!(r#"{APP},"webhookSecretRef":{{"name":"w"}},"justInTime":{just_in_time}{more}"#);
         let cases = [
             ("exactly one forge", r#"{"forge":{}}"#.to_owned()),
             ("exactly one forge", format!(r#"{{"forge":{{"gitea":{GITEA},"github":{{"url":"x"}}}}}}"#)),
@@ -353,6 +442,22 @@ pub(super) mod tests {
             ("github.url", github("https://github.com", APP, "{}")),
             ("exactly one credential", github("https://github.com/acme", "", "{}")),
             ("exactly one credential", github("https://github.com/acme", &format!(r#"{APP},"tokenSecretRef":{{"name":"t"}}"#), "{}")),
+            (
+                "in no runner group",
+                github("https://github.com/acme/web", &format!(r#"{APP},"runnerGroup":{{"requireSelectedWorkflows":true}}"#), "{}"),
+            ),
+            ("needs webhookSecretRef", github("https://github.com/acme", &format!(r#"{APP},"justInTime":{{"labels":["a"]}}"#), "{}")),
+            ("at least one label", github("https://github.com/acme", &jit(r#"{"labels":[]}"#, ""), "{}")),
+            ("at least one label", github("https://github.com/acme", &jit(r#"{"labels":["a b"]}"#, ""), "{}")),
+            ("scaleSet has to be left out", github("https://github.com/acme", &jit(r#"{"labels":["a"]}"#, ""), r#"{"name":"x"}"#)),
+            (
+                "in no runner group",
+                github(
+                    "https://github.com/acme",
+                    &jit(r#"{"labels":["a"]}"#, r#","runnerGroup":{"requireSelectedRepositories":true}"#),
+                    "{}",
+                ),
+            ),
             ("scaleSet", github("https://github.com/acme", APP, r#"{"name":"a&b"}"#)),
             ("scaleSet", github("https://github.com/acme", APP, r#"{"labels":["a b"]}"#)),
             ("exactly one of", format!(r#"{{"forge":{}}}"#, gitea("{}"))),

@@ -85,6 +85,7 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
         dialects: dialects.clone(),
         nodes: stores.nodes.clone(),
         daemon_sets: stores.daemon_sets.clone(),
+        quotas: stores.quotas.clone(),
         api_endpoints: stores.api_endpoints.clone(),
         controls: Controls::default(),
         names: Names::default(),

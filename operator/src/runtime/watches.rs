@@ -8,9 +8,10 @@ use std::sync::Arc;
 use anyhow::{Result, anyhow};
 use futures::{Stream, StreamExt};
 use k8s_openapi::api::apps::v1::{DaemonSet, DaemonSetSpec};
-use k8s_openapi::api::core::v1::{Node, NodeStatus, Pod, PodSpec, PodTemplateSpec, Secret};
+use k8s_openapi::api::core::v1::{Node, NodeStatus, Pod, PodSpec, PodTemplateSpec, ResourceQuota, Secret};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::api::Api;
 use kube::runtime::reflector::{self, Store, store::Writer};
 use kube::runtime::watcher::{self, Event, watcher};
@@ -21,7 +22,7 @@ use serde::de::DeserializeOwned;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::pool::{Deaf, Guarded, PoolKey, Pools, looked_at};
+use crate::pool::{Deaf, Guarded, PoolHandle, PoolKey, Pools, looked_at, parts};
 use crate::runner::phase;
 
 /// The caches.
@@ -33,6 +34,7 @@ pub(super) struct Stores {
     pub(super) policies: Store<NetworkPolicy>,
     pub(super) nodes: Store<Node>,
     pub(super) daemon_sets: Store<DaemonSet>,
+    pub(super) quotas: Store<ResourceQuota>,
     pub(super) api_endpoints: Store<EndpointSlice>,
 }
 
@@ -45,6 +47,7 @@ impl Stores {
         self.policies.wait_until_ready().await.map_err(ended)?;
         self.nodes.wait_until_ready().await.map_err(ended)?;
         self.daemon_sets.wait_until_ready().await.map_err(ended)?;
+        self.quotas.wait_until_ready().await.map_err(ended)?;
         self.api_endpoints.wait_until_ready().await.map_err(ended)
     }
 }
@@ -124,11 +127,25 @@ pub(super) fn start(
     };
     let sets = Api::<DaemonSet>::all(client.clone());
     let daemon_sets = watch(parts, stop, "DaemonSets", &never, sets, watcher::Config::default(), strip_daemon_set, changed);
+    // A quota that leaves more than before: pools of its namespace may make pods that it kept away. That they use it up is no news to them.
+    let (all, mut seen) = (registry.clone(), HashMap::new());
+    let changed = move |quota: &ResourceQuota, gone: bool| {
+        let before = match gone {
+            true => seen.remove(&quota.uid()),
+            false => seen.insert(quota.uid(), quota.clone()),
+        };
+        if gone || before.is_none_or(|before| leaves_more(&before, quota)) {
+            let of_namespace = |handle: &&Arc<PoolHandle>| Some(&handle.key.namespace) == quota.metadata.namespace.as_ref();
+            all.all().iter().filter(of_namespace).for_each(|handle| all.wake(handle.key.clone()));
+        }
+    };
+    let quotas = Api::<ResourceQuota>::all(client.clone());
+    let quotas = watch(parts, stop, "ResourceQuotas", &never, quotas, watcher::Config::default(), strip_quota, changed);
     // By RBAC this one object and no other.
     let own = watcher::Config::default().fields("metadata.name=kubernetes");
     let api = Api::<EndpointSlice>::namespaced(client.clone(), "default");
     let api_endpoints = watch(parts, stop, "API server's endpoints", &never, api, own, strip, |_: &EndpointSlice, _| {});
-    (Stores { pools, pods, secrets, policies, nodes, daemon_sets, api_endpoints }, root)
+    (Stores { pools, pods, secrets, policies, nodes, daemon_sets, quotas, api_endpoints }, root)
 }
 
 fn combined() -> impl kube::runtime::Predicate<Guarded> {
@@ -211,6 +228,22 @@ fn strip_node(node: &mut Node) {
     }
 }
 
+/// Of a quota: what it bounds, and what is used.
+fn strip_quota(quota: &mut ResourceQuota) {
+    strip(quota);
+    quota.metadata.annotations = None;
+    quota.metadata.labels = None;
+}
+
+/// Whether there may be room that was not there before: other bounds, or less used of something.
+fn leaves_more(before: &ResourceQuota, now: &ResourceQuota) -> bool {
+    let hard = |quota: &ResourceQuota| (quota.spec.clone(), quota.status.as_ref().and_then(|status| status.hard.clone()));
+    let used = |quota: &ResourceQuota| quota.status.as_ref().and_then(|status| status.used.clone()).unwrap_or_default();
+    let (was, is) = (used(before), used(now));
+    let less = |(name, amount): (&String, &Quantity)| parts(amount) > is.get(name).and_then(parts);
+    hard(before) != hard(now) || was.iter().any(less)
+}
+
 /// Of a DaemonSet: its volumes, which tell a network plugin.
 fn strip_daemon_set(set: &mut DaemonSet) {
     strip(set);
@@ -219,4 +252,24 @@ fn strip_daemon_set(set: &mut DaemonSet) {
     let volumes = set.spec.take().and_then(|spec| spec.template.spec).and_then(|spec| spec.volumes);
     let spec = PodSpec { volumes, ..PodSpec::default() };
     set.spec = Some(DaemonSetSpec { template: PodTemplateSpec { spec: Some(spec), metadata: None }, ..DaemonSetSpec::default() });
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    #[test]
+    fn pools_are_woken_by_a_quota_that_leaves_more() {
+        let quota = |hard: &str, used: Value| {
+            let quota =
+                json!({"metadata": {"name": "q"}, "spec": {"hard": {"pods": hard}}, "status": {"hard": {"pods": hard}, "used": used}});
+            serde_json::from_value::<ResourceQuota>(quota).expect("a quota")
+        };
+        let (two, three) = (quota("5", json!({"pods": "2"})), quota("5", json!({"pods": "3"})));
+        assert!(leaves_more(&three, &two) && !leaves_more(&two, &three) && !leaves_more(&two, &two));
+        assert!(leaves_more(&two, &quota("6", json!({"pods": "2"}))), "other bounds");
+        assert!(!leaves_more(&quota("5", json!({"pods": "2000m"})), &two), "the same, spelled otherwise");
+    }
 }

@@ -3,7 +3,6 @@
 //! Sources: Gitea's OpenAPI document (`/swagger.v1.json`) and `runner/v1/services.proto` of code.gitea.io/actions-proto-def,
 //! called with the Connect protocol's JSON codec (POST, `application/json`, camelCase, 64-bit numbers as strings).
 
-pub(crate) mod webhook;
 mod wire;
 
 use async_trait::async_trait;
@@ -182,7 +181,7 @@ impl Forge for Gitea {
             None if run.event.starts_with("pull_request") => None,
             None => Some(false),
         };
-        Ok(Run { event: run.event, workflow, git_ref, fork })
+        Ok(Run { event: run.event, workflow, git_ref, fork, public: None })
     }
 
     fn reach(&self, job: &Job) -> Reach {

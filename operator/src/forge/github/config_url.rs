@@ -77,6 +77,19 @@ impl ConfigUrl {
         }
     }
 
+    /// The repository, where it is one's.
+    pub(crate) fn repository(&self) -> Option<&Repository> {
+        match &self.level {
+            Level::Repository(name) => Some(name),
+            _ => None,
+        }
+    }
+
+    /// Whether it is one repository's.
+    pub(crate) fn is_repository(&self) -> bool {
+        matches!(self.level, Level::Repository(_))
+    }
+
     /// Where the other REST calls about runners of this level begin, below [`ConfigUrl::api`].
     pub(crate) fn runners_path(&self) -> String {
         match &self.level {

@@ -1,5 +1,6 @@
 //! One call to GitHub, and how what goes wrong is told. Nothing is repeated here: whoever asks knows whether asking again is harmless.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -97,6 +98,7 @@ impl Answer {
 #[derive(Debug, Default)]
 pub(super) struct Caller {
     paused: Mutex<Option<Instant>>,
+    scarce: AtomicBool,
 }
 
 impl Caller {
@@ -110,6 +112,9 @@ impl Caller {
         let (status, headers) = (answer.status(), answer.headers().clone());
         let too_long = || ForgeError::Unexpected(format!("more than {MAX_ANSWER} bytes for {what}"));
         let body = body(&mut answer, MAX_ANSWER).await.map_err(ForgeError::from)?.ok_or_else(too_long)?;
+        if let Some(scarce) = is_scarce(&headers) {
+            self.scarce.store(scarce, Ordering::Relaxed);
+        }
         if let Some(pause) = asks_for_pause(status, &headers) {
             *self.paused.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now() + pause);
             return Err(ForgeError::Unreachable(format!("GitHub limits its rate: no calls for {} s", pause.as_secs())).into());
@@ -121,10 +126,24 @@ impl Caller {
         }
     }
 
+    /// Whether little is left of the calls that GitHub allows in an hour.
+    pub(super) fn is_scarce(&self) -> bool {
+        self.scarce.load(Ordering::Relaxed)
+    }
+
     fn pause_left(&self) -> Option<Duration> {
         let until = (*self.paused.lock().unwrap_or_else(PoisonError::into_inner))?;
         until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
     }
+}
+
+/// Whether less than a fifth of the hour's calls is left; `None` where an answer does not say.
+fn is_scarce(headers: &HeaderMap) -> Option<bool> {
+    let number = |name: &str| headers.get(name)?.to_str().ok()?.trim().parse::<u64>().ok();
+    // Registrations have a limit of their own.
+    let core = headers.get("x-ratelimit-resource").is_none_or(|resource| resource == "core");
+    let (limit, left) = (number("x-ratelimit-limit")?, number("x-ratelimit-remaining")?);
+    core.then_some(left < limit / 5)
 }
 
 /// Primary and secondary rate limits (docs.github.com, "Rate limits for the REST API"): 429, or 403 with one of two headers.
@@ -189,6 +208,15 @@ mod tests {
         assert_eq!(pause(503, &[]), None);
         assert_eq!(pause(503, &[("retry-after", "5")]), Some(5));
         assert_eq!(pause(200, &[("x-ratelimit-remaining", "0")]), None);
+    }
+
+    #[test]
+    fn calls_are_scarce_when_a_fifth_is_left() {
+        let scarce = |limit: &'static str, left: &'static str, resource: &'static str| {
+            is_scarce(&headers(&[("x-ratelimit-limit", limit), ("x-ratelimit-remaining", left), ("x-ratelimit-resource", resource)]))
+        };
+        assert_eq!((scarce("5000", "1000", "core"), scarce("5000", "999", "core")), (Some(false), Some(true)));
+        assert_eq!((scarce("10000", "1", "actions_runner_registration"), is_scarce(&headers(&[]))), (None, None));
     }
 
     #[test]

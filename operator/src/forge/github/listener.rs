@@ -3,17 +3,17 @@
 //! Source: actions/scaleset, listener/listener.go, for the loop; what its users complain of, for what happens when something breaks.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use reqwest::StatusCode;
 use tokio_util::sync::CancellationToken;
 
-use super::super::{ForgeError, ScaleSet, Secret};
+use super::super::{ForgeError, RunnerGroup, ScaleSet, Secret};
 use super::auth::expiry;
-use super::config_url::Level;
+use super::group::{self, group};
 use super::http::CallError;
 use super::service::Queue;
 use super::{Shared, State, wire};
@@ -29,10 +29,10 @@ const EMPTY_WAIT: Duration = Duration::from_millis(500);
 const SESSION_LIFE: Duration = Duration::from_secs(30 * 60);
 /// For the end of a session, when the process ends.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
+/// A poll is not given up sooner than this to tell of more room.
+const ROOM_WAIT: Duration = Duration::from_secs(1);
 /// Messages that are known to have been taken in, should they come again.
 const SEEN: usize = 64;
-/// The number that the default runner group always has, and that a repository's scale sets are in.
-const DEFAULT_GROUP: u64 = 1;
 
 /// Runs until `end`, whatever happens.
 pub(super) async fn listen(shared: Arc<Shared>, end: CancellationToken) {
@@ -96,12 +96,22 @@ async fn follow_or_fail(shared: &Arc<Shared>) -> Result<std::convert::Infallible
     shared.note_set(&set);
     let mut session = open(shared, set.id).await?;
     let mut seen: VecDeque<(u64, u64)> = VecDeque::new();
+    let mut looked = Instant::now();
     loop {
+        if looked.elapsed() >= shared.config.look {
+            looked = Instant::now();
+            group::look_again(shared).await?;
+        }
         if session.is_due() {
             session.renew(shared, set.id).await?;
         }
-        let room = shared.room.load(Ordering::Relaxed);
-        let message = match shared.service.poll(&session.queue, room).await {
+        let room = *shared.room.borrow();
+        let answer = tokio::select! {
+            answer = shared.service.poll(&session.queue, room) => answer,
+            // GitHub reads it at the beginning of a poll, which it then holds for long. What it was about to say, it says again.
+            () = shared.more_than(room) => continue,
+        };
+        let message = match answer {
             // The token can end while GitHub holds the poll.
             Err(error) if error.is(StatusCode::UNAUTHORIZED) => {
                 session.renew(shared, set.id).await?;
@@ -269,48 +279,24 @@ fn missing<'a>(set: &wire::ScaleSet, wanted: &'a [String]) -> Option<&'a String>
     wanted.iter().find(|label| !set.labels.iter().any(|has| has.name.eq_ignore_ascii_case(label)))
 }
 
-/// The number of the runner group, if what GitHub lets it be used for is no more than the pool says.
-async fn group(shared: &Shared) -> Result<u64, CallError> {
-    let wanted = &shared.config.group;
-    let too_open = |why: String| CallError::Failed(ForgeError::TooOpen(why));
-    if let Level::Repository(repository) = &shared.config.url.level {
-        if shared.service.is_public().await? == Some(true) && !wanted.allow_public_repositories {
-            return Err(too_open(format!(
-                "{repository} is public: anybody may have a pull request's jobs run there. Say runnerGroup.allowPublicRepositories if \
-                 that is meant"
-            )));
-        }
-        return Ok(DEFAULT_GROUP);
-    }
-    let groups = shared.service.group_rules().await?;
-    let found = match &wanted.name {
-        Some(name) => groups.iter().find(|group| group.name.eq_ignore_ascii_case(name)),
-        None => groups.iter().find(|group| group.default),
-    };
-    let Some(group) = found else {
-        let name = wanted.name.as_deref().unwrap_or("default");
-        return Err(ForgeError::NotFound { what: format!("runner group {name:?}") }.into());
-    };
-    if group.default && !wanted.allow_default_group {
-        return Err(too_open(
-            "the default runner group can be used by every repository there is and will be: name another in runnerGroup.name, or say \
-             runnerGroup.allowDefaultGroup"
-                .to_owned(),
-        ));
-    }
-    if group.allows_public_repositories && !wanted.allow_public_repositories {
-        return Err(too_open(format!(
-            "runner group {:?} can be used by public repositories: take that away at GitHub, or say runnerGroup.allowPublicRepositories",
-            group.name
-        )));
-    }
-    match group.default {
-        true => Ok(DEFAULT_GROUP),
-        false => shared.service.group(&group.name).await,
-    }
-}
-
 impl Shared {
+    /// What the runner group lets in now.
+    pub(super) fn note_group(&self, found: RunnerGroup) {
+        let before = self.group.lock().unwrap_or_else(PoisonError::into_inner).replace(found.clone());
+        if before.is_some_and(|before| before != found) {
+            (self.wake.0)();
+        }
+    }
+
+    /// Waits until there is more room than `told`, and not only for a moment.
+    async fn more_than(&self, told: u32) {
+        tokio::time::sleep(ROOM_WAIT).await;
+        // The sender lives as long as this does.
+        if self.room.subscribe().wait_for(|room| *room > told).await.is_err() {
+            std::future::pending().await
+        }
+    }
+
     /// Something went wrong so many times in a row.
     fn failed(&self, error: ForgeError, failures: u32) {
         // A first stumble is nobody's news.

@@ -2,10 +2,15 @@
 //!
 //! Jobs are not listed: they come as messages of a session that [`listener`] holds, beside the numbers of the scale set, and [`view`]
 //! makes jobs of both. A runner is registered for the scale set; GitHub chooses which of its jobs the runner gets.
+//!
+//! [`just_in_time`] is the other way: no scale set, jobs by webhooks and REST, runners for one repository or runner group.
 
 mod auth;
+mod board;
 mod config_url;
+mod group;
 mod http;
+mod just_in_time;
 mod listener;
 mod service;
 mod view;
@@ -16,7 +21,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -27,17 +32,22 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::address::Refuse;
 use super::{
-    Forge, ForgeError, Job, JobKey, JobState, Reach, RegisteredRunner, Registration, Removal, Repository, Run, RunnerKey, ScaleSet, Secret,
+    Forge, ForgeError, Job, JobKey, JobState, Reach, RegisteredRunner, Registration, Removal, Repository, Run, RunnerGroup, RunnerKey,
+    ScaleSet, Secret,
 };
 use auth::Auth;
 pub(crate) use auth::Credential;
+pub(crate) use board::Pace;
 pub(crate) use config_url::ConfigUrl;
 use http::Caller;
+pub(crate) use just_in_time::{JitConfig, JustInTime};
 use service::{Queue, Service};
 use view::View;
 
 /// [`Config::poll`] of every pool.
 pub(crate) const POLL: Duration = Duration::from_secs(70);
+/// [`Config::look`] of every pool.
+pub(crate) const LOOK: Duration = Duration::from_secs(600);
 /// How long whoever asks for jobs waits for the first session.
 const FIRST_SESSION: Duration = Duration::from_secs(15);
 
@@ -56,6 +66,8 @@ pub(crate) struct Config {
     pub(crate) owner: String,
     /// After which time a poll is dead: more than the fifty seconds or so that GitHub holds one.
     pub(crate) poll: Duration,
+    /// How often is looked whether the runner group is still as the pool wants it.
+    pub(crate) look: Duration,
 }
 
 /// Which runner group, and how open it may be.
@@ -67,6 +79,10 @@ pub(crate) struct Group {
     pub(crate) allow_default_group: bool,
     /// Public repositories may use it.
     pub(crate) allow_public_repositories: bool,
+    /// It has to be one that only selected repositories (of an enterprise: organizations) may use.
+    pub(crate) require_selected_repositories: bool,
+    /// It has to be one that only selected workflows may use.
+    pub(crate) require_selected_workflows: bool,
 }
 
 /// One scale set of GitHub's.
@@ -85,8 +101,9 @@ struct Shared {
     view: Mutex<View>,
     queue: Mutex<Option<Queue>>,
     set: Mutex<Option<ScaleSet>>,
+    group: Mutex<Option<RunnerGroup>>,
     state: watch::Sender<State>,
-    room: AtomicU32,
+    room: watch::Sender<u32>,
     /// Whether a poll was answered since something went wrong.
     heard: AtomicBool,
     wake: Wake,
@@ -130,8 +147,9 @@ impl GitHub {
             auth,
             view: Mutex::default(),
             queue: Mutex::default(),
+            group: Mutex::default(),
             state: watch::Sender::new(State::Opening),
-            room: AtomicU32::new(room),
+            room: watch::Sender::new(room),
             heard: AtomicBool::default(),
             wake: Wake(Box::new(wake)),
         });
@@ -216,13 +234,8 @@ impl Forge for GitHub {
             return Ok(told.clone());
         }
         // Whose code a pull request's run is about is not in the messages.
-        let found = self.shared.service.run(repository, run).await?;
-        let fork = found.is_from_fork();
-        let told = told.unwrap_or_else(|| {
-            let (workflow, git_ref) = found.workflow();
-            Run { event: found.event.clone(), workflow, git_ref, fork: None }
-        });
-        Ok(Run { fork, ..told })
+        let found = self.shared.service.run(repository, run).await?.facts();
+        Ok(told.map_or_else(|| found.clone(), |told| Run { fork: found.fork, ..told }))
     }
 
     fn reach(&self, _job: &Job) -> Reach {
@@ -307,7 +320,7 @@ impl Forge for GitHub {
     }
 
     fn note_room(&self, jobs: u32) {
-        self.shared.room.store(jobs, Ordering::Relaxed);
+        self.shared.room.send_if_modified(|room| std::mem::replace(room, jobs) != jobs);
     }
 
     fn remember(&self, job: Job) {
@@ -316,6 +329,10 @@ impl Forge for GitHub {
 
     fn scale_set(&self) -> Option<ScaleSet> {
         self.shared.scale_set()
+    }
+
+    fn runner_group(&self) -> Option<RunnerGroup> {
+        self.shared.group.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     async fn retire(&self) -> Result<(), ForgeError> {

@@ -11,7 +11,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
 
-use super::super::{ForgeError, Repository, Secret};
+use super::super::{ForgeError, JobId, Repository, Secret};
 use super::auth::Auth;
 use super::config_url::{ConfigUrl, Level};
 use super::http::{Answer, CallError, Caller};
@@ -154,6 +154,20 @@ impl Service {
         self.pages(&path, "the runner groups", |list: wire::GroupList| list.runner_groups).await
     }
 
+    /// Repositories that may use a runner group of an organization, by its number in REST.
+    pub(super) async fn group_repositories(&self, group: u64) -> Result<Vec<String>, CallError> {
+        let path = format!("{}/runner-groups/{group}/repositories?", self.url.runners_path());
+        let names = |list: wire::GroupRepositories| list.repositories.into_iter().map(|repository| repository.full_name).collect();
+        self.pages(&path, "the repositories of the runner group", names).await
+    }
+
+    /// Organizations that may use a runner group of an enterprise, by its number in REST.
+    pub(super) async fn group_organizations(&self, group: u64) -> Result<Vec<String>, CallError> {
+        let path = format!("{}/runner-groups/{group}/organizations?", self.url.runners_path());
+        let logins = |list: wire::GroupOrganizations| list.organizations.into_iter().map(|organization| organization.login).collect();
+        self.pages(&path, "the organizations of the runner group", logins).await
+    }
+
     /// Whether everybody may see the repository of the pool; `None` where it has more than one.
     pub(super) async fn is_public(&self) -> Result<Option<bool>, CallError> {
         let Level::Repository(repository) = &self.url.level else { return Ok(None) };
@@ -171,6 +185,40 @@ impl Service {
         self.pages(&path, "the jobs of the workflow run", |list: wire::RunJobs| list.jobs).await
     }
 
+    pub(super) async fn job(&self, repository: &Repository, job: &JobId) -> Result<wire::RunJob, CallError> {
+        self.rest(&format!("/repos/{repository}/actions/jobs/{job}"), "the job").await
+    }
+
+    /// Numbers of a repository's runs in this state: at most a page of them.
+    pub(super) async fn runs(&self, repository: &Repository, status: &str) -> Result<Vec<u64>, CallError> {
+        let path = format!("/repos/{repository}/actions/runs?status={status}&per_page={PAGE}");
+        let list: wire::Runs = self.rest(&path, "the workflow runs of the repository").await?;
+        Ok(list.workflow_runs.into_iter().map(|run| run.id).collect())
+    }
+
+    /// Registers a runner for one job, without a scale set, at the level or repository to which the path belongs.
+    pub(super) async fn rest_jit_config(
+        &self,
+        path: &str,
+        name: &str,
+        group: u64,
+        labels: &[String],
+    ) -> Result<wire::RestJitConfig, CallError> {
+        let (what, body) =
+            ("the registration of a runner", wire::RestJitRequest { name, runner_group_id: group, labels, work_folder: WORK_FOLDER });
+        let path = format!("{path}/runners/generate-jitconfig");
+        self.rest_call(Method::POST, &path, Some(&body), what).await?.json(what)
+    }
+
+    /// Runners of a level or a repository.
+    pub(super) async fn rest_runners(&self, path: &str) -> Result<Vec<wire::RestRunner>, CallError> {
+        self.pages(&format!("{path}/runners?"), "the runners of the scope", |list: wire::RestRunners| list.runners).await
+    }
+
+    pub(super) async fn remove_rest_runner(&self, path: &str, id: u64) -> Result<(), CallError> {
+        self.rest_call(Method::DELETE, &format!("{path}/runners/{id}"), None::<&()>, "the removal of a runner").await.map(drop)
+    }
+
     /// Reads a list page by page. `path` ends where its query goes on.
     async fn pages<L: DeserializeOwned, T>(&self, path: &str, what: &str, entries: impl Fn(L) -> Vec<T>) -> Result<Vec<T>, CallError> {
         let mut all = Vec::new();
@@ -186,13 +234,20 @@ impl Service {
     }
 
     async fn rest<T: DeserializeOwned>(&self, path: &str, what: &str) -> Result<T, CallError> {
-        let request = self.http.get(format!("{}{path}", self.url.api)).header("Authorization", self.auth.rest().await?);
-        let request = request.header("Accept", "application/vnd.github+json").header("X-GitHub-Api-Version", "2022-11-28");
+        self.rest_call(Method::GET, path, None::<&()>, what).await?.json(what)
+    }
+
+    async fn rest_call(&self, method: Method, path: &str, body: Option<&(impl Serialize + Sync)>, what: &str) -> Result<Answer, CallError> {
+        let request = self.http.request(method, format!("{}{path}", self.url.api)).header("Authorization", self.auth.rest().await?);
+        let mut request = request.header("Accept", "application/vnd.github+json").header("X-GitHub-Api-Version", "2022-11-28");
+        if let Some(body) = body {
+            request = request.json(body);
+        }
         let answer = self.caller.send(request, what).await;
         if answer.as_ref().is_err_and(|error| error.is(StatusCode::UNAUTHORIZED)) {
             self.auth.forget();
         }
-        answer?.json(what)
+        answer
     }
 
     async fn read<T: DeserializeOwned>(

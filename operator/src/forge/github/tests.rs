@@ -1,5 +1,7 @@
 //! The client against a GitHub simulator that was written without it, and that other people's clients agree with.
 
+mod just_in_time;
+
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
@@ -13,7 +15,7 @@ use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 use tokio_util::task::TaskTracker;
 
-use super::super::http_client;
+use super::super::{Members, http_client};
 use super::*;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -90,6 +92,7 @@ impl Stage {
             group: Group { name: Some("runners".to_owned()), ..Group::default() },
             owner: "mayfly team/ci".to_owned(),
             poll: Duration::from_secs(3),
+            look: Duration::from_millis(1500),
         }
     }
 
@@ -360,6 +363,7 @@ async fn a_group_that_is_too_open_is_refused_unless_the_pool_says_so() {
         name: name.map(str::to_owned),
         allow_default_group: default,
         allow_public_repositories: public,
+        ..Group::default()
     };
     let public = NewGroup { place: "acme".to_owned(), name: "open".to_owned(), allows_public_repositories: true, ..NewGroup::default() };
     stage.simulator.runner_group(&public).await.expect("a runner group");
@@ -383,6 +387,79 @@ async fn a_group_that_is_too_open_is_refused_unless_the_pool_says_so() {
         }
         client.end().await;
     }
+}
+
+/// The group's rules are read, and looked at again while the session goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_is_required_to_be_restricted_and_what_it_lets_in_is_known() {
+    let stage = Stage::set(Settings::default()).await;
+    let workflow = "acme/web/.github/workflows/ci.yml@refs/heads/main".to_owned();
+    let closed = NewGroup {
+        place: "acme".to_owned(),
+        name: "runners".to_owned(),
+        visibility: "selected".to_owned(),
+        repositories: vec!["acme/web".to_owned()],
+        restricted_to_workflows: true,
+        selected_workflows: vec![workflow.clone()],
+        ..NewGroup::default()
+    };
+    let group = Group {
+        name: Some("runners".to_owned()),
+        require_selected_repositories: true,
+        require_selected_workflows: true,
+        ..Group::default()
+    };
+    let config = || Config { group: group.clone(), ..stage.config("acme") };
+    let refused = stage.open(config(), stage.credential(), None);
+    let error = refused.forge.jobs(JobState::Queued).await.expect_err("the group is open");
+    assert!(matches!(&error, ForgeError::TooOpen(why) if why.contains("repository access")), "{error}");
+    assert!(stage.sets().await.is_empty(), "nothing was made");
+    refused.end().await;
+
+    stage.simulator.runner_group(&NewGroup { restricted_to_workflows: false, ..closed.clone() }).await.expect("changed");
+    let refused = stage.open(config(), stage.credential(), None);
+    let error = refused.forge.jobs(JobState::Queued).await.expect_err("the group is open");
+    assert!(matches!(&error, ForgeError::TooOpen(why) if why.contains("workflow access")), "{error}");
+    refused.end().await;
+
+    stage.simulator.runner_group(&closed).await.expect("changed");
+    let client = stage.open(config(), stage.credential(), None);
+    waiting(&client, 0).await;
+    let web = Repository::parse("acme/web").expect("a repository");
+    let told = RunnerGroup { name: "runners".to_owned(), members: Members::Repositories(vec![web]), workflows: Some(vec![workflow]) };
+    assert_eq!(client.forge.runner_group(), Some(told));
+    stage.simulator.runner_group(&NewGroup { visibility: "all".to_owned(), ..closed.clone() }).await.expect("changed");
+    eventually("it is noticed", || async {
+        matches!(client.forge.jobs(JobState::Queued).await, Err(ForgeError::TooOpen(_))).then_some(())
+    })
+    .await;
+    stage.simulator.runner_group(&closed).await.expect("changed");
+    stage.push().await;
+    waiting(&client, 1).await;
+    client.end().await;
+}
+
+/// Groups of an enterprise select organizations.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_of_an_enterprise_is_known_by_its_organizations() {
+    let stage = Stage::set(Settings::default()).await;
+    stage.simulator.enterprise("big").await.expect("an enterprise");
+    stage.simulator.organization(&NewOrganization { login: "acme".to_owned(), enterprise: Some("big".to_owned()) }).await.expect("changed");
+    let group = NewGroup {
+        place: "enterprises/big".to_owned(),
+        name: "runners".to_owned(),
+        visibility: "selected".to_owned(),
+        organizations: vec!["acme".to_owned()],
+        ..NewGroup::default()
+    };
+    stage.simulator.runner_group(&group).await.expect("a group");
+    let credential = Credential::Token(Secret::new(stage.simulator.personal_token().await.expect("a token")));
+    let client = stage.open(stage.config("enterprises/big"), credential, None);
+    stage.push().await;
+    waiting(&client, 1).await;
+    let members = client.forge.runner_group().map(|group| group.members);
+    assert_eq!(members, Some(Members::Organizations(vec!["acme".to_owned()])));
+    client.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -431,6 +508,34 @@ async fn github_gives_out_no_more_than_there_is_room_for() {
     waiting(&client, 3).await;
     client.forge.note_room(5);
     waiting(&client, 5).await;
+    client.end().await;
+}
+
+/// GitHub reads the room at the beginning of a poll, and holds that for most of a minute.
+#[tokio::test(flavor = "multi_thread")]
+async fn more_room_is_told_while_github_holds_a_poll() {
+    let config = server::Config { settings: Settings { poll: 50.0, ..Settings::default() }, ..server::Config::default() };
+    let stage = Stage::set_at(config).await;
+    let client = stage.open(Config { poll: Duration::from_secs(70), ..stage.config("acme") }, stage.credential(), None);
+    waiting(&client, 0).await;
+    client.forge.note_room(0);
+    let many = Enqueue { repository: "acme/web".to_owned(), labels: vec![SET.to_owned()], count: 20, ..Enqueue::default() };
+    stage.simulator.enqueue(&many).await.expect("jobs");
+    waiting(&client, 10).await;
+    for room in [12, 15] {
+        client.forge.note_room(room);
+        waiting(&client, room as usize).await;
+    }
+    let polls = || async {
+        let requests = stage.simulator.requests(0).await.expect("requests");
+        requests.iter().filter(|seen| seen.path.starts_with("/_services/messages") && seen.method == "GET").count()
+    };
+    let before = polls().await;
+    for room in [14, 15, 13, 15] {
+        client.forge.note_room(room);
+        tokio::time::sleep(Duration::from_millis(400)).await;
+    }
+    assert_eq!(polls().await, before, "what GitHub knows already costs no poll");
     client.end().await;
 }
 

@@ -74,12 +74,47 @@ pub(super) struct GroupList {
 /// What a runner group may be used for.
 #[derive(Deserialize, Debug, Clone, Default)]
 pub(super) struct GroupRules {
+    pub(super) id: u64,
     #[serde(default)]
     pub(super) name: String,
     #[serde(default)]
     pub(super) default: bool,
+    /// `all`, `private` or `selected`; of an enterprise `all` or `selected`.
+    #[serde(default)]
+    pub(super) visibility: String,
     #[serde(default)]
     pub(super) allows_public_repositories: bool,
+    #[serde(default)]
+    pub(super) restricted_to_workflows: bool,
+    /// As `owner/name/.github/workflows/file@ref`.
+    #[serde(default)]
+    pub(super) selected_workflows: Vec<String>,
+}
+
+/// Repositories that may use a runner group.
+#[derive(Deserialize)]
+pub(super) struct GroupRepositories {
+    #[serde(default)]
+    pub(super) repositories: Vec<FullName>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct FullName {
+    #[serde(default)]
+    pub(super) full_name: String,
+}
+
+/// Organizations that may use a runner group.
+#[derive(Deserialize)]
+pub(super) struct GroupOrganizations {
+    #[serde(default)]
+    pub(super) organizations: Vec<Login>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct Login {
+    #[serde(default)]
+    pub(super) login: String,
 }
 
 /// `RunnerScaleSetStatistic`.
@@ -165,7 +200,7 @@ impl JobMessage {
     pub(super) fn run(&self, repository: &Repository) -> forge::Run {
         let (workflow, git_ref) = workflow(&self.job_workflow_ref, repository);
         let fork = if self.event_name.starts_with("pull_request") { None } else { Some(false) };
-        forge::Run { event: self.event_name.clone(), workflow, git_ref, fork }
+        forge::Run { event: self.event_name.clone(), workflow, git_ref, fork, public: None }
     }
 }
 
@@ -236,18 +271,92 @@ pub(super) struct RunJobs {
     pub(super) jobs: Vec<RunJob>,
 }
 
-/// One job of a run; its number is that of its check run as well.
-#[derive(Deserialize)]
+/// One job; its number is that of its check run as well.
+#[derive(Deserialize, Debug, Clone, Default)]
 pub(super) struct RunJob {
     pub(super) id: u64,
     #[serde(default)]
+    pub(super) run_id: u64,
+    #[serde(default)]
+    pub(super) status: String,
+    #[serde(default)]
+    pub(super) labels: Vec<String>,
+    #[serde(default)]
+    pub(super) runner_id: Option<u64>,
+    #[serde(default)]
     pub(super) runner_name: Option<String>,
+}
+
+impl RunJob {
+    /// The job; `None` in a state that is not known.
+    pub(super) fn job(&self, repository: &Repository) -> Option<forge::Job> {
+        let state = match self.status.as_str() {
+            "queued" => JobState::Queued,
+            "in_progress" => JobState::InProgress,
+            "completed" => JobState::Completed,
+            "waiting" | "pending" | "requested" => JobState::Blocked,
+            _ => return None,
+        };
+        Some(forge::Job {
+            key: JobKey { repository: repository.clone(), id: self.id.into() },
+            run: self.run_id,
+            state,
+            labels: self.labels.clone(),
+            runner: self.runner_name.clone().filter(|name| !name.is_empty()),
+            runner_id: self.runner_id.filter(|id| *id > 0),
+        })
+    }
+}
+
+/// `GET /repos/{owner}/{repo}/actions/runs`.
+#[derive(Deserialize)]
+pub(super) struct Runs {
+    #[serde(default)]
+    pub(super) workflow_runs: Vec<Numbered>,
+}
+
+#[derive(Deserialize)]
+pub(super) struct Numbered {
+    pub(super) id: u64,
+}
+
+/// `GET …/actions/runners`.
+#[derive(Deserialize)]
+pub(super) struct RestRunners {
+    #[serde(default)]
+    pub(super) runners: Vec<RestRunner>,
+}
+
+/// A runner, of REST.
+#[derive(Deserialize, Debug)]
+pub(super) struct RestRunner {
+    #[serde(default)]
+    pub(super) id: u64,
+    #[serde(default)]
+    pub(super) name: String,
+}
+
+/// `POST …/actions/runners/generate-jitconfig`.
+#[derive(Serialize)]
+pub(super) struct RestJitRequest<'a> {
+    pub(super) name: &'a str,
+    pub(super) runner_group_id: u64,
+    pub(super) labels: &'a [String],
+    pub(super) work_folder: &'a str,
+}
+
+#[derive(Deserialize)]
+pub(super) struct RestJitConfig {
+    pub(super) runner: RestRunner,
+    #[serde(rename = "encoded_jit_config", default)]
+    pub(super) encoded: String,
 }
 
 #[derive(Deserialize)]
 struct Identified {
     #[serde(default)]
     id: u64,
+    private: Option<bool>,
 }
 
 impl WorkflowRun {
@@ -262,8 +371,15 @@ impl WorkflowRun {
         Some(id(&self.head_repository)? != id(&self.repository)?)
     }
 
+    /// What it is about.
+    pub(super) fn facts(&self) -> forge::Run {
+        let (workflow, git_ref) = self.workflow();
+        let public = self.repository.as_ref().and_then(|repository| repository.private).map(|private| !private);
+        forge::Run { event: self.event.clone(), workflow, git_ref, fork: self.is_from_fork(), public }
+    }
+
     /// File of the workflow and the ref it runs for, as far as REST tells.
-    pub(super) fn workflow(&self) -> (String, String) {
+    fn workflow(&self) -> (String, String) {
         let path = self.path.split('@').next().unwrap_or_default();
         let file = path.strip_prefix(".github/workflows/").unwrap_or(path).to_owned();
         (file, self.head_branch.as_ref().map(|branch| format!("refs/heads/{branch}")).unwrap_or_default())

@@ -36,7 +36,7 @@ fn pod(name: &str, owner: &str, phase: &str) -> Pod {
 }
 
 /// What a pass needs, with these pods in the cluster.
-fn context(server: &Server, pods: &[Pod]) -> Arc<Context> {
+pub(in crate::pool) fn context(server: &Server, pods: &[Pod]) -> Arc<Context> {
     // The first test to come installs it.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let arguments = ["mayfly", "controller", "--namespace", "m", "--gate-image", "g", "--runner-image", "r"];
@@ -61,6 +61,7 @@ fn context(server: &Server, pods: &[Pod]) -> Arc<Context> {
         dialects: Arc::new(Dialects::new(reflector::store().0)),
         nodes: reflector::store().0,
         daemon_sets: reflector::store().0,
+        quotas: reflector::store().0,
         api_endpoints: reflector::store().0,
         controls: Controls::default(),
         names: Names::default(),

@@ -33,7 +33,7 @@ fn pod(name: &str, role: Role) -> PodFacts {
 fn input(max: u32, queued: Vec<OwedJob>, pods: Vec<PodFacts>) -> Input {
     let deadlines =
         Deadlines { start: SignedDuration::from_mins(5), idle: SignedDuration::from_mins(5), job: SignedDuration::from_hours(6) };
-    Input { now: now(), max, warm: 0, probe: Vec::new(), deadlines, queued, pods, not_before: None }
+    Input { now: now(), max, warm: 0, probe: Vec::new(), deadlines, queued, pods, quota: None, not_before: None }
 }
 
 fn busy(refused: Option<Refusal>) -> Role {
@@ -50,6 +50,28 @@ fn a_queued_job_gets_a_pod_and_a_pod_that_waits_serves_it() {
     assert_eq!((plan_.create, plan_.owed.len()), (2, 2));
     let plan_ = plan(&input(10, vec![job(1), job(2)], vec![pod("a", Role::Waiting { ready: false })]));
     assert_eq!(plan_.create, 1);
+}
+
+#[test]
+fn no_pod_is_made_that_a_quota_would_refuse() {
+    let rows = [
+        // What quotas leave, pods wanted, pods there; pods made, pods that a quota keeps away.
+        (None, 3, 0, 3, 0),
+        (Some(5), 3, 0, 3, 0),
+        (Some(2), 3, 0, 2, 1),
+        (Some(0), 3, 0, 0, 3),
+        (Some(2), 3, 9, 1, 0),
+        (Some(0), 3, 9, 0, 1),
+        (Some(0), 3, 10, 0, 0),
+        (Some(0), 0, 0, 0, 0),
+    ];
+    for (quota, jobs, there, create, beyond) in rows {
+        let pods = (0..there).map(|at| pod(&format!("p{at}"), busy(None))).collect();
+        let planned = plan(&Input { quota, ..input(10, (1..=jobs).map(job).collect(), pods) });
+        assert_eq!((planned.create, planned.beyond_quota), (create, beyond), "{quota:?} {jobs} {there}");
+    }
+    let probe = plan(&Input { quota: Some(0), probe: vec!["node1".to_owned()], ..input(10, vec![], vec![]) });
+    assert_eq!((probe.probe.len(), probe.beyond_quota), (0, 0));
 }
 
 #[test]

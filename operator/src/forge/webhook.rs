@@ -1,14 +1,16 @@
 //! `workflow_job` webhooks: a hint that something changed, never the truth about what.
 //!
-//! Gitea sends GitHub's header names beside its own; the signature is HMAC-SHA-256 over the raw body.
+//! Gitea sends GitHub's header names beside its own; the signature is HMAC-SHA-256 over the raw body (docs.github.com, "Validating webhook
+//! deliveries"). The number of a delivery (`X-GitHub-Delivery`) is not signed, so that it cannot tell one that is played again: a hint that
+//! comes again has to be harmless.
 
 use hmac::{Hmac, Mac};
 use serde::Deserialize;
 use sha2::Sha256;
 
-use super::super::{Repository, Secret};
+use super::{Repository, Secret};
 
-/// Longest body accepted, in bytes. Gitea's are some ten kilobytes.
+/// Longest body accepted, in bytes. Those of both forges are some ten kilobytes.
 pub(crate) const MAX_BODY: usize = 1 << 20;
 
 /// Why a delivery is refused.
@@ -52,6 +54,8 @@ pub(crate) struct Hint {
     pub(crate) repository: Repository,
     /// The job, where the event is about one.
     pub(crate) job: Option<u64>,
+    /// Its `runs-on`.
+    pub(crate) labels: Vec<String>,
 }
 
 impl Refusal {
@@ -65,8 +69,11 @@ impl Refusal {
     }
 }
 
-/// Reads a verified delivery.
-pub(crate) fn read(body: &[u8]) -> Result<Hint, Refusal> {
+/// Reads a verified delivery of this event. `None` for one that only asks whether anybody is there.
+pub(crate) fn read(event: Option<&[u8]>, body: &[u8]) -> Result<Option<Hint>, Refusal> {
+    if event == Some(b"ping") {
+        return Ok(None);
+    }
     #[derive(Deserialize)]
     struct Event {
         repository: Named,
@@ -79,10 +86,13 @@ pub(crate) fn read(body: &[u8]) -> Result<Hint, Refusal> {
     #[derive(Deserialize)]
     struct Numbered {
         id: u64,
+        #[serde(default)]
+        labels: Vec<String>,
     }
     let event: Event = serde_json::from_slice(body).map_err(|_| Refusal::Malformed)?;
     let repository = Repository::parse(&event.repository.full_name).ok_or(Refusal::Malformed)?;
-    Ok(Hint { repository, job: event.workflow_job.map(|job| job.id) })
+    let (job, labels) = event.workflow_job.map(|job| (job.id, job.labels)).unzip();
+    Ok(Some(Hint { repository, job, labels: labels.unwrap_or_default() }))
 }
 
 #[cfg(test)]
@@ -119,9 +129,16 @@ mod tests {
     #[test]
     fn a_body_without_a_repository_is_malformed() {
         for body in ["", "{}", r#"{"repository":{"full_name":"x y/z"}}"#, "[1"] {
-            assert_eq!(read(body.as_bytes()), Err(Refusal::Malformed), "{body}");
+            assert_eq!(read(Some(b"workflow_job"), body.as_bytes()), Err(Refusal::Malformed), "{body}");
         }
-        let hint = read(br#"{"repository":{"full_name":"acme/web"},"action":"queued","workflow_job":{"id":7}}"#);
-        assert_eq!(hint.map(|hint| hint.job), Ok(Some(7)));
+        for body in [
+            r#"{"repository":{"full_name":"acme/web"},"workflow_job":{"id":-1}}"#,
+            r#"{"repository":{"full_name":"a/b"},"workflow_job":{}}"#,
+        ] {
+            assert_eq!(read(None, body.as_bytes()), Err(Refusal::Malformed), "{body}");
+        }
+        let hint = read(None, br#"{"repository":{"full_name":"acme/web"},"action":"queued","workflow_job":{"id":7,"labels":["linux"]}}"#);
+        assert_eq!(hint.map(|hint| hint.map(|hint| (hint.job, hint.labels))), Ok(Some((Some(7), vec!["linux".to_owned()]))));
+        assert_eq!(read(Some(b"ping"), br#"{"zen":"..."}"#), Ok(None));
     }
 }
