@@ -77,6 +77,18 @@ impl ConfigUrl {
         }
     }
 
+    /// Whether a job can come from both.
+    pub(crate) fn meets(&self, other: &Self) -> bool {
+        let covers = |one: &Level, two: &Level| match (one, two) {
+            (Level::Enterprise(_), _) => true,
+            (Level::Organization(one), Level::Organization(two)) => one.eq_ignore_ascii_case(two),
+            (Level::Organization(one), Level::Repository(two)) => one.eq_ignore_ascii_case(two.owner()),
+            (Level::Repository(one), Level::Repository(two)) => one.as_str().eq_ignore_ascii_case(two.as_str()),
+            _ => false,
+        };
+        self.host == other.host && self.port == other.port && (covers(&self.level, &other.level) || covers(&other.level, &self.level))
+    }
+
     /// The repository, where it is one's.
     pub(crate) fn repository(&self) -> Option<&Repository> {
         match &self.level {
@@ -163,6 +175,20 @@ mod tests {
         ] {
             assert!(ConfigUrl::parse(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn two_addresses_meet_where_one_is_part_of_the_other() {
+        let meet = |one: &str, two: &str| {
+            let parse = |path: &str| ConfigUrl::parse(&format!("https://github.com/{path}")).expect(path);
+            let (one, two) = (parse(one), parse(two));
+            assert_eq!(one.meets(&two), two.meets(&one));
+            one.meets(&two)
+        };
+        assert!(meet("acme", "Acme") && meet("acme", "acme/web") && meet("enterprises/big", "acme/web") && meet("acme/web", "acme/Web"));
+        assert!(!meet("acme", "eve") && !meet("acme", "eve/web") && !meet("acme/web", "acme/api"));
+        let elsewhere = ConfigUrl::parse("https://git.example/acme").expect("an address");
+        assert!(!elsewhere.meets(&ConfigUrl::parse("https://github.com/acme").expect("an address")));
     }
 
     #[test]

@@ -21,7 +21,7 @@ use super::super::{
 };
 use super::auth::{Auth, Credential};
 use super::board::{Board, Budget, Pace};
-use super::config_url::{ConfigUrl, Level};
+use super::config_url::ConfigUrl;
 use super::group::{self, DEFAULT_GROUP};
 use super::http::{CallError, Caller};
 use super::service::Service;
@@ -198,6 +198,8 @@ impl JustInTime {
                 Ok(())
             }
             Err(error) if error.is(StatusCode::NOT_FOUND) || (is_about_one(&error) && !self.config.url.is_repository()) => {
+                // Nobody else tells why it is not served.
+                tracing::warn!(job = %key, "GitHub does not show a job: it is gone, or the credential may not read its repository's Actions");
                 self.board().gone(key);
                 Ok(())
             }
@@ -357,19 +359,5 @@ impl Forge for JustInTime {
 
     fn runner_group(&self) -> Option<RunnerGroup> {
         self.group.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|(_, group)| group.clone())
-    }
-}
-
-impl ConfigUrl {
-    /// Whether a job can come from both.
-    pub(crate) fn meets(&self, other: &Self) -> bool {
-        let covers = |one: &Level, two: &Level| match (one, two) {
-            (Level::Enterprise(_), _) => true,
-            (Level::Organization(one), Level::Organization(two)) => one.eq_ignore_ascii_case(two),
-            (Level::Organization(one), Level::Repository(two)) => one.eq_ignore_ascii_case(two.owner()),
-            (Level::Repository(one), Level::Repository(two)) => one.as_str().eq_ignore_ascii_case(two.as_str()),
-            _ => false,
-        };
-        self.host == other.host && self.port == other.port && (covers(&self.level, &other.level) || covers(&other.level, &self.level))
     }
 }
