@@ -446,6 +446,35 @@ pub struct Egress {
     pub hosts: Vec<EgressHost>,
 }
 
+/// Addresses of metadata and credential endpoints of clouds, in which no allowed range may be. The operator's own list
+/// (`metadata-endpoints.yaml`, with sources) has these and, in a form that the API server's expressions do not read, IPv4-mapped ones.
+pub const METADATA_ADDRESSES: [&str; 19] = [
+    "100.100.100.200",
+    "168.63.129.16",
+    "169.254.0.23",
+    "169.254.169.252",
+    "169.254.169.254",
+    "169.254.170.2",
+    "169.254.170.23",
+    "169.254.172.1",
+    "169.254.42.42",
+    "192.0.0.192",
+    "2002:a9fe:a9fe::1",
+    "64:ff9b::a9fe:a9fe",
+    "fd00:42::42",
+    "fd00:a9fe:a9fe::1",
+    "fd00:c1::a9fe:a9fe",
+    "fd00:ec2::23",
+    "fd00:ec2::254",
+    "fd20:ce::254",
+    "fe80::a9fe:a9fe",
+];
+
+/// In the language of the API server's validation; a text that is no range is told so by another rule.
+fn without_metadata() -> String {
+    format!("!isCIDR(self) || {METADATA_ADDRESSES:?}.all(address, !cidr(self).containsIP(address))")
+}
+
 /// A destination.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
@@ -453,6 +482,8 @@ pub struct EgressAllow {
     /// Address range, for example `203.0.113.0/24` or `2001:db8::/48`.
     #[schemars(length(max = 43))]
     #[x_kube(validation = Rule::new("isCIDR(self)").message("not an address range: write 203.0.113.7/32 or 2001:db8::/48"))]
+    #[x_kube(validation = Rule::new(without_metadata())
+        .message("covers a metadata endpoint (such as 169.254.169.254), which no job may reach: name smaller ranges"))]
     pub cidr: String,
     /// TCP ports. At least one.
     #[schemars(length(min = 1, max = 32), inner(range(min = 1, max = 65535)))]

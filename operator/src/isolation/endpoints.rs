@@ -68,6 +68,8 @@ pub(crate) fn covers_metadata(range: &IpNet) -> Option<&'static Endpoint> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     #[test]
@@ -78,6 +80,15 @@ mod tests {
             assert!(!row.platform.is_empty() && !row.source.is_empty(), "{row:?}");
         }
         assert!(list.never.iter().all(|never| !never.why.is_empty()));
+    }
+
+    #[test]
+    fn the_api_server_is_told_of_every_address_that_it_can_read() {
+        let told: BTreeSet<IpAddr> = mayfly_crds::METADATA_ADDRESSES.iter().map(|address| address.parse().expect("an address")).collect();
+        let mapped = |address: &IpAddr| matches!(address, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some());
+        let list = Endpoints::built_in().expect("the file parses");
+        let known: BTreeSet<IpAddr> = list.endpoints.iter().map(|row| row.address).filter(|address| !mapped(address)).collect();
+        assert_eq!(told, known);
     }
 
     #[test]
