@@ -47,7 +47,7 @@ async fn records(stage: &Stage) -> Result<Vec<Value>> {
 
 /// Reads and writes the bucket with whatever credentials AWS's SDK finds by itself.
 fn sdk(store: &Store) -> String {
-    let Store { endpoint, bucket, .. } = store;
+    let (Store { endpoint, bucket, .. }, binding) = (store, Store::BINDING);
     format!(
         r#"python3 - <<'END'
 import boto3, botocore, os
@@ -63,6 +63,13 @@ except botocore.exceptions.ClientError as error:
     print('another bucket:', error.response['Error']['Code'])
 found = boto3.Session().get_credentials()
 print('found by:', found.method)
+os.makedirs(os.path.expanduser('~/.aws'), exist_ok=True)
+with open(os.path.expanduser('~/.aws/config'), 'w') as config:
+    config.write('[profile several]\ncredential_process = mayfly-credentials {binding}\n')
+process = boto3.Session(profile_name='several')
+s3 = process.client('s3', endpoint_url='{endpoint}', verify=verify)
+print('by the profile:', s3.get_object(Bucket='{bucket}', Key=os.environ['GITHUB_REPOSITORY'].split('/')[0])['Body'].read().decode())
+print('the profile found by:', process.get_credentials().method)
 print('the secret is', found.get_frozen_credentials().secret_key)
 END
 "#,
@@ -75,7 +82,15 @@ async fn a_job_without_a_secret_writes_an_object_with_a_credential_of_its_own() 
     let (stage, store) = set("credential").await?;
     bind(&stage, &store, |_| {}).await?;
     let log = stage.succeeds(stage.push_job("ci.yml", job(&store, &sdk(&store))).await?).await?;
-    for line in ["read: written by a job", "another bucket: AccessDenied", "found by: container-role", "the secret is ***"] {
+    let lines = [
+        "read: written by a job",
+        "another bucket: AccessDenied",
+        " found by: container-role",
+        "by the profile: written by a job",
+        "the profile found by: custom-process",
+        "the secret is ***",
+    ];
+    for line in lines {
         ensure!(log.contains(line), "{line:?} is not in the log:\n{log}");
     }
     let records = records(&stage).await?;

@@ -157,7 +157,8 @@ impl Desk {
                 let names = names.join(", ");
                 lines.push(format!(
                     "say Mayfly: several CredentialBindings give AWS credentials ({names}): set AWS_CONTAINER_CREDENTIALS_FULL_URI to \
-                     $MAYFLY_CREDENTIALS_URL/v1/aws/NAME, and AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE to $MAYFLY_CREDENTIALS_TOKEN_FILE"
+                     $MAYFLY_CREDENTIALS_URL/v1/aws/NAME, and AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE to $MAYFLY_CREDENTIALS_TOKEN_FILE, \
+                     or a profile's credential_process to `mayfly-credentials NAME`"
                 ));
             }
         }
@@ -173,6 +174,15 @@ impl Desk {
         Ok(json!({
             "AccessKeyId": session.access_key_id, "SecretAccessKey": session.secret_access_key, "Token": session.session_token,
             "Expiration": session.expiration,
+        }))
+    }
+
+    /// What AWS's `credential_process` prints.
+    pub(crate) async fn credential_process(self: &Arc<Self>, binding: &str) -> Result<Value, Trouble> {
+        let session = self.aws_session(binding).await?;
+        Ok(json!({
+            "Version": 1, "AccessKeyId": session.access_key_id, "SecretAccessKey": session.secret_access_key,
+            "SessionToken": session.session_token, "Expiration": session.expiration,
         }))
     }
 

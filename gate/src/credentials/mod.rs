@@ -145,10 +145,15 @@ mod hook {
         [("ACTIONS_ID_TOKEN_REQUEST_URL", "https://forge.example/token?v=1"), ("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "hunter2")];
 
     #[test]
-    fn the_stand_ins_hook_is_the_one_that_users_have() {
+    fn the_stand_ins_programs_are_those_that_users_have() {
         let [ours, tested] = [
             include_str!("../../../images/github-runner/mayfly-job-started"),
             include_str!("../../../e2e/images/github-runner-stand-in/mayfly-job-started"),
+        ];
+        assert_eq!(ours, tested);
+        let [ours, tested] = [
+            include_str!("../../../images/github-runner/mayfly-credentials"),
+            include_str!("../../../e2e/images/github-runner-stand-in/mayfly-credentials"),
         ];
         assert_eq!(ours, tested);
     }

@@ -35,6 +35,10 @@ pub(super) fn router(desk: Arc<Desk>) -> Router {
             get(async |State(desk): State<Arc<Desk>>, Path(binding): Path<String>| answer(desk.aws(&binding).await)),
         )
         .route(
+            "/v1/credential-process/{binding}",
+            get(async |State(desk): State<Arc<Desk>>, Path(binding): Path<String>| answer(desk.credential_process(&binding).await)),
+        )
+        .route(
             "/v1/token/{binding}",
             get(async |State(desk): State<Arc<Desk>>, Path(binding): Path<String>| answer(desk.audience_token(&binding).await)),
         )
@@ -110,6 +114,8 @@ mod tests {
                 json!({"AccessKeyId": "AKIA", "SecretAccessKey": "hunter2", "Token": "hunter3", "Expiration": "2026-11-22T10:00:00Z"});
             assert_eq!((status, body), (200, wanted));
             assert_eq!(ask(&desk, "/v1/token/vault", &headers).await, (200, json!({"value": "a.b.c"})));
+            let process: Value = serde_json::from_str(SESSION).expect("JSON");
+            assert_eq!(ask(&desk, "/v1/credential-process/deploy", &headers).await, (200, process));
         }
     }
 
@@ -131,6 +137,8 @@ mod tests {
             ("/v1/aws/deploy", vec![foreign("127.0.0.1"), token.clone()], 421),
             ("/v1/aws/vault", vec![host.clone(), token.clone()], 403),
             ("/v1/aws/other", vec![host.clone(), token.clone()], 403),
+            ("/v1/credential-process/deploy", vec![host.clone()], 401),
+            ("/v1/credential-process/vault", vec![host.clone(), token.clone()], 403),
             ("/v1/token/deploy", vec![host, token], 403),
         ];
         for (n, (path, headers, wanted)) in cases.iter().enumerate() {
