@@ -14,8 +14,10 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use tokio::sync::{mpsc, oneshot};
 
+mod read;
 mod sink;
 
+pub(crate) use read::{Filter, Format, Shown, follow, show};
 pub(crate) use sink::{FileSink, Sink, StdoutSink};
 
 /// Version of the records' form.

@@ -1,6 +1,7 @@
 //! The command line and the environment become one checked [`Settings`]; nothing else reads them.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::io::{self, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -10,9 +11,11 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use ipnet::IpNet;
+use jiff::Timestamp;
 use kube::CustomResourceExt;
 use mayfly_crds::{CredentialBinding, RunnerPool};
 
+use crate::audit::{self, Filter, Format, Shown};
 use crate::isolation::{ClusterFacts, Dialect, cluster_wide_denial, nameservers};
 use crate::runner::{BrokerAccess, PodSettings};
 
@@ -62,6 +65,44 @@ pub(crate) enum AuditCommand {
         /// The file.
         file: PathBuf,
     },
+    /// Show records that fit, as text, JSON or CSV.
+    ///
+    /// Lines that are no records are left out, so that a broker's whole log will do: kubectl logs deploy/mayfly-broker | mayfly audit show
+    Show(AuditShow),
+}
+
+#[derive(Args)]
+pub(crate) struct AuditShow {
+    /// Files, in the order in which they were written; `-` is standard input.
+    #[arg(default_value = "-")]
+    files: Vec<PathBuf>,
+    /// Only this action, for example credential.denied; several can be named.
+    #[arg(long = "action")]
+    actions: Vec<String>,
+    /// Only this namespace.
+    #[arg(long, short)]
+    namespace: Option<String>,
+    /// Only this RunnerPool.
+    #[arg(long)]
+    pool: Option<String>,
+    /// Only this correlation id, which a job's log and a binding's events have.
+    #[arg(long)]
+    request: Option<String>,
+    /// Only what was refused or failed.
+    #[arg(long)]
+    failed: bool,
+    /// Only from this time on (RFC 3339).
+    #[arg(long, value_name = "TIME")]
+    since: Option<Timestamp>,
+    /// Only before this time (RFC 3339).
+    #[arg(long, value_name = "TIME")]
+    until: Option<Timestamp>,
+    /// How they are shown.
+    #[arg(long, short, value_enum, default_value_t)]
+    output: Format,
+    /// Go on with what is added to the last file.
+    #[arg(long, short)]
+    follow: bool,
 }
 
 /// Every option can be given by its environment variable as well.
@@ -341,15 +382,41 @@ pub(crate) fn print_cluster_denial(dialect: Dialect) -> Result<()> {
     Ok(())
 }
 
-/// Checks a file of audit records.
+/// Checks or shows audit records.
 pub(crate) fn audit(command: AuditCommand) -> Result<()> {
-    let AuditCommand::Verify { file } = command;
-    match crate::audit::verify(&file).with_context(|| file.display().to_string())? {
+    let file = match command {
+        AuditCommand::Verify { file } => file,
+        AuditCommand::Show(args) => return show_audit(args),
+    };
+    match audit::verify(&file).with_context(|| file.display().to_string())? {
         Ok(count) => {
             writeln!(io::stdout(), "{count} records, each as it was written")?;
             Ok(())
         }
         Err(line) => bail!("{}: line {line} is not what was written, or not where it was written", file.display()),
+    }
+}
+
+fn show_audit(args: AuditShow) -> Result<()> {
+    let AuditShow { files, actions, namespace, pool, request, failed, since, until, output, follow } = args;
+    let filter = Filter { actions, namespace, pool, request, failed, since, until };
+    let last = files.len().saturating_sub(1);
+    let read = || -> io::Result<()> {
+        let mut shown = Shown::new(filter, output, io::stdout().lock())?;
+        for (n, file) in files.iter().enumerate() {
+            let named = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", file.display()));
+            match file.to_str() {
+                Some("-") => audit::show(io::stdin().lock(), &mut shown)?,
+                _ if follow && n == last => audit::follow(file, &mut shown).map_err(named)?,
+                _ => audit::show(fs::File::open(file).map_err(named)?, &mut shown)?,
+            }
+        }
+        Ok(())
+    };
+    match read() {
+        // Whoever read it has seen enough, such as `head`.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        result => Ok(result?),
     }
 }
 
