@@ -518,6 +518,8 @@ async fn more_room_is_told_while_github_holds_a_poll() {
     let stage = Stage::set_at(config).await;
     let client = stage.open(Config { poll: Duration::from_secs(70), ..stage.config("acme") }, stage.credential(), None);
     waiting(&client, 0).await;
+    // The poll is on its way with the room that there was at first.
+    eventually("a poll", || async { (stage.sets().await[0]["capacity"] == json!(10)).then_some(()) }).await;
     client.forge.note_room(0);
     let many = Enqueue { repository: "acme/web".to_owned(), labels: vec![SET.to_owned()], count: 20, ..Enqueue::default() };
     stage.simulator.enqueue(&many).await.expect("jobs");
