@@ -18,7 +18,7 @@ mod read;
 mod sink;
 
 pub(crate) use read::{Filter, Format, Shown, follow, show};
-pub(crate) use sink::{FileSink, Sink, StdoutSink};
+pub(crate) use sink::{FileSink, Rotation, Sink, StdoutSink};
 
 /// Version of the records' form.
 const VERSION: u32 = 1;
@@ -197,21 +197,33 @@ fn own_hash(line: &str) -> Option<&str> {
     (hash_of(&format!("{content}}}")) == hash).then_some(hash)
 }
 
-/// Checks a file of records: how many there are, or the number of the first line (from 1) that is not what was written, or not where it was
-/// written.
-pub(crate) fn verify(path: &Path) -> io::Result<Result<usize, usize>> {
-    let text = std::fs::read_to_string(path)?;
-    let mut previous = GENESIS.to_owned();
-    let mut count = 0;
-    for line in text.lines() {
-        count += 1;
-        let record: Value = serde_json::from_str(line).unwrap_or_default();
-        match own_hash(line) {
-            Some(hash) if record["previous"] == previous.as_str() => hash.clone_into(&mut previous),
-            _ => return Ok(Err(count)),
-        }
+/// A chain that is checked, line after line.
+pub(crate) struct Verification {
+    /// The hash that the next line has to name; any where it is not known.
+    previous: Option<String>,
+    /// Records so far.
+    pub(crate) count: usize,
+}
+
+impl Verification {
+    /// Of a chain from its beginning, or from wherever its first line is.
+    pub(crate) fn new(from_the_beginning: bool) -> Self {
+        Self { previous: from_the_beginning.then(|| GENESIS.to_owned()), count: 0 }
     }
-    Ok(Ok(count))
+
+    /// Checks the lines of a file: the number of the first (from 1) that is not what was written, or not where it was written.
+    pub(crate) fn file(&mut self, path: &Path) -> io::Result<Result<(), usize>> {
+        for (n, line) in std::fs::read_to_string(path)?.lines().enumerate() {
+            let record: Value = serde_json::from_str(line).unwrap_or_default();
+            let follows = self.previous.as_ref().is_none_or(|previous| record["previous"] == previous.as_str());
+            match own_hash(line) {
+                Some(hash) if follows => self.previous = Some(hash.to_owned()),
+                _ => return Ok(Err(n + 1)),
+            }
+            self.count += 1;
+        }
+        Ok(Ok(()))
+    }
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The trail holds together, across restarts, and shows what was done to it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -48,6 +48,12 @@ impl Drop for Scratch {
     }
 }
 
+/// How many records a file has from the beginning of its chain, or the first line that is wrong.
+fn verify(path: &Path) -> io::Result<Result<usize, usize>> {
+    let mut chain = Verification::new(true);
+    Ok(chain.file(path)?.map(|()| chain.count))
+}
+
 fn event(n: u32) -> Event {
     Event {
         action: Action::CredentialGranted,
@@ -78,7 +84,7 @@ async fn a_record_has_every_field_of_its_version() {
 async fn a_chain_goes_on_after_a_restart_and_after_a_torn_line() {
     let scratch = Scratch::new();
     for (n, torn) in [(1, ""), (2, ""), (3, r#"{"id":"torn"#), (4, "")] {
-        let audit = Audit::new(FileSink::open(&scratch.0).expect("the file"));
+        let audit = Audit::new(FileSink::open(&scratch.0, None).expect("the file"));
         audit.write(event(n)).await.expect("written");
         drop(audit);
         let mut file = std::fs::OpenOptions::new().append(true).open(&scratch.0).expect("the file");
@@ -105,7 +111,7 @@ async fn records_that_come_at_once_are_one_chain_and_fail_together() {
 #[tokio::test]
 async fn whatever_is_done_to_a_line_shows() {
     let scratch = Scratch::new();
-    let audit = Audit::new(FileSink::open(&scratch.0).expect("the file"));
+    let audit = Audit::new(FileSink::open(&scratch.0, None).expect("the file"));
     for n in 0..4 {
         audit.write(event(n)).await.expect("written");
     }
@@ -129,12 +135,41 @@ async fn whatever_is_done_to_a_line_shows() {
 #[test]
 fn one_process_writes_to_a_file() {
     let scratch = Scratch::new();
-    let first = FileSink::open(&scratch.0).expect("the file");
-    assert!(FileSink::open(&scratch.0).is_err());
+    let first = FileSink::open(&scratch.0, None).expect("the file");
+    assert!(FileSink::open(&scratch.0, None).is_err());
     drop(first);
-    assert!(FileSink::open(&scratch.0).is_ok());
+    assert!(FileSink::open(&scratch.0, None).is_ok());
     std::fs::write(&scratch.0, "something else\n").expect("written");
-    assert!(FileSink::open(&scratch.0).is_err(), "a file that holds no records is not appended to");
+    assert!(FileSink::open(&scratch.0, None).is_err(), "a file that holds no records is not appended to");
+}
+
+#[tokio::test]
+async fn the_chain_goes_on_from_file_to_file_and_old_ones_go() {
+    let scratch = Scratch::new();
+    let rotation = Some(Rotation { most: 1_500, kept: 2 });
+    let numbered = |n: u32| scratch.0.with_added_extension(n.to_string());
+    // A restart in between, also between two files.
+    for n in 0..12 {
+        let audit = Audit::new(FileSink::open(&scratch.0, rotation).expect("the file"));
+        audit.write(event(n)).await.expect("written");
+        drop(audit);
+        if n == 7 {
+            std::fs::rename(numbered(1), numbered(2)).expect("moved");
+            std::fs::rename(&scratch.0, numbered(1)).expect("moved");
+        }
+    }
+    let files = [numbered(2), numbered(1), scratch.0.clone()];
+    assert!(!numbered(3).exists() && files.iter().all(|file| std::fs::metadata(file).is_ok_and(|found| found.len() <= 1_500)));
+    let mut chain = Verification::new(false);
+    assert!(files.iter().all(|file| chain.file(file).expect("read") == Ok(())));
+    assert!((3..12).contains(&chain.count), "{}", chain.count);
+    assert_eq!(Verification::new(true).file(&files[0]).expect("read"), Err(1), "it is not the beginning");
+    let mut gap = Verification::new(false);
+    assert_eq!(gap.file(&files[0]).expect("read"), Ok(()));
+    assert_eq!(gap.file(&files[2]).expect("read"), Err(1), "a file is missing");
+    for file in &files[..2] {
+        std::fs::remove_file(file).expect("removed");
+    }
 }
 
 #[tokio::test]

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
 
+use crate::audit::Rotation;
 use crate::credentials::{Controller, IssuerConfig};
 use crate::forge::Secret;
 
@@ -36,6 +37,12 @@ pub(crate) struct BrokerArgs {
     /// File that audit records are appended to. Without it they go to standard output; the log goes to standard error.
     #[arg(long, env = "MAYFLY_AUDIT_FILE")]
     audit_file: Option<PathBuf>,
+    /// Size in MiB at which that file becomes FILE.1, FILE.1 becomes FILE.2, and so on [default: never].
+    #[arg(long, env = "MAYFLY_AUDIT_FILE_MAX_SIZE", requires = "audit_file", value_parser = clap::value_parser!(u64).range(1..=1_048_576))]
+    audit_file_max_size: Option<u64>,
+    /// How many of those are kept; the oldest is removed.
+    #[arg(long, env = "MAYFLY_AUDIT_FILE_MAX_BACKUPS", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1_000))]
+    audit_file_max_backups: u32,
     /// Base URL of the controller's gate API, which is told of refusals, and makes events of them.
     #[arg(long, env = "MAYFLY_CONTROLLER_URL", requires_all = ["controller_ca_file", "controller_token_file"])]
     controller_url: Option<String>,
@@ -66,6 +73,7 @@ pub(crate) struct BrokerSettings {
     pub(crate) key: Secret,
     pub(crate) provider_ca: Option<Vec<u8>>,
     pub(crate) audit_file: Option<PathBuf>,
+    pub(crate) audit_rotation: Option<Rotation>,
     pub(crate) controller: Option<Controller>,
     pub(crate) only_replica: bool,
     pub(crate) remembered_tokens: usize,
@@ -103,6 +111,7 @@ impl BrokerArgs {
             key: Secret::new(text("--tls-key-file", &self.tls_key_file)?),
             provider_ca: self.provider_ca_file.as_ref().map(|path| bytes("--provider-ca-file", path)).transpose()?,
             audit_file: self.audit_file,
+            audit_rotation: self.audit_file_max_size.map(|size| Rotation { most: size << 20, kept: self.audit_file_max_backups }),
             controller,
             only_replica: self.only_replica,
             remembered_tokens: self.remembered_tokens as usize,

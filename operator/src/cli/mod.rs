@@ -15,7 +15,7 @@ use jiff::Timestamp;
 use kube::CustomResourceExt;
 use mayfly_crds::{CredentialBinding, RunnerPool};
 
-use crate::audit::{self, Filter, Format, Shown};
+use crate::audit::{self, Filter, Format, Shown, Verification};
 use crate::isolation::{ClusterFacts, Dialect, cluster_wide_denial, nameservers};
 use crate::runner::{BrokerAccess, PodSettings};
 
@@ -60,10 +60,14 @@ pub(crate) enum Command {
 
 #[derive(Subcommand)]
 pub(crate) enum AuditCommand {
-    /// Check that no record of a file was changed, left out or put in.
+    /// Check that no record was changed, left out or put in.
     Verify {
-        /// The file.
-        file: PathBuf,
+        /// Files of one chain, in the order in which they were written: FILE.2 FILE.1 FILE.
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+        /// The chain began before the first file: older ones are gone.
+        #[arg(long)]
+        continued: bool,
     },
     /// Show records that fit, as text, JSON or CSV.
     ///
@@ -384,17 +388,18 @@ pub(crate) fn print_cluster_denial(dialect: Dialect) -> Result<()> {
 
 /// Checks or shows audit records.
 pub(crate) fn audit(command: AuditCommand) -> Result<()> {
-    let file = match command {
-        AuditCommand::Verify { file } => file,
+    let (files, continued) = match command {
+        AuditCommand::Verify { files, continued } => (files, continued),
         AuditCommand::Show(args) => return show_audit(args),
     };
-    match audit::verify(&file).with_context(|| file.display().to_string())? {
-        Ok(count) => {
-            writeln!(io::stdout(), "{count} records, each as it was written")?;
-            Ok(())
+    let mut chain = Verification::new(!continued);
+    for file in &files {
+        if let Err(line) = chain.file(file).with_context(|| file.display().to_string())? {
+            bail!("{}: line {line} is not what was written, or not where it was written", file.display());
         }
-        Err(line) => bail!("{}: line {line} is not what was written, or not where it was written", file.display()),
     }
+    writeln!(io::stdout(), "{} records, each as it was written", chain.count)?;
+    Ok(())
 }
 
 fn show_audit(args: AuditShow) -> Result<()> {

@@ -30,7 +30,9 @@ pub(crate) async fn run_broker(settings: BrokerSettings) -> Result<()> {
     serve_plain(&mut parts, "health", settings.health_address, health.router(), &stop);
 
     let audit = match &settings.audit_file {
-        Some(path) => Audit::new(FileSink::open(path).with_context(|| format!("--audit-file {}", path.display()))?),
+        Some(path) => {
+            Audit::new(FileSink::open(path, settings.audit_rotation).with_context(|| format!("--audit-file {}", path.display()))?)
+        }
         None => Audit::new(StdoutSink),
     };
     let issuers = settings.issuers.iter().map(|(config, authorities)| {
