@@ -18,7 +18,7 @@ mod read;
 mod sink;
 
 pub(crate) use read::{Filter, Format, Shown, follow, show};
-pub(crate) use sink::{FileSink, Rotation, Sink, StdoutSink};
+pub(crate) use sink::{FileSink, HttpSink, Rotation, Sink, StdoutSink};
 
 /// Version of the records' form.
 const VERSION: u32 = 1;

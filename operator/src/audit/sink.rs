@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::own_hash;
 
@@ -25,6 +26,38 @@ impl Sink for StdoutSink {
         let mut out = io::stdout().lock();
         out.write_all(lines.as_bytes())?;
         out.flush()
+    }
+}
+
+/// How long a collector may take to say that it has a record.
+const COLLECTOR: Duration = Duration::from_secs(10);
+
+/// A collector that takes lines of JSON by POST (`application/x-ndjson`) and keeps what it answers with 2xx. A record that it got and did not
+/// answer for comes to nothing here: nothing leaves. Each process begins a chain of its own there.
+pub(crate) struct HttpSink {
+    /// Its client.
+    pub(crate) client: reqwest::Client,
+    /// Where the collector is.
+    pub(crate) url: reqwest::Url,
+    /// File with the bearer token to show, read anew for every call.
+    pub(crate) token_file: Option<PathBuf>,
+    /// Drives the calls: the writer's thread waits for them.
+    pub(crate) runtime: tokio::runtime::Handle,
+}
+
+impl Sink for HttpSink {
+    fn append(&mut self, lines: &str) -> io::Result<()> {
+        let mut request = self.client.post(self.url.clone()).timeout(COLLECTOR).body(lines.to_owned());
+        request = request.header(reqwest::header::CONTENT_TYPE, "application/x-ndjson");
+        if let Some(path) = &self.token_file {
+            request = request.bearer_auth(std::fs::read_to_string(path)?.trim());
+        }
+        // The address may hold what nobody else is to see.
+        let answer = self.runtime.block_on(request.send()).map_err(|error| io::Error::other(error.without_url()))?;
+        match answer.status().is_success() {
+            true => Ok(()),
+            false => Err(io::Error::other(format!("the collector answers {}", answer.status()))),
+        }
     }
 }
 

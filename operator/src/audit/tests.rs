@@ -172,6 +172,50 @@ async fn the_chain_goes_on_from_file_to_file_and_old_ones_go() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_collector_has_a_record_when_it_says_so() {
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let (kept, fails) = (Arc::new(Mutex::new(String::new())), Arc::new(AtomicBool::new(false)));
+    let (page, broken) = (kept.clone(), fails.clone());
+    let take = axum::routing::post(move |headers: axum::http::HeaderMap, body: String| {
+        let answer = match (headers["authorization"] == "Bearer hunter2", broken.load(Ordering::SeqCst)) {
+            (true, false) => {
+                page.lock().expect("no panic").push_str(&body);
+                axum::http::StatusCode::NO_CONTENT
+            }
+            (true, true) => axum::http::StatusCode::INSUFFICIENT_STORAGE,
+            (false, _) => axum::http::StatusCode::UNAUTHORIZED,
+        };
+        async move { answer }
+    });
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let url = reqwest::Url::parse(&format!("http://{}/records", listener.local_addr().expect("an address"))).expect("an address");
+    #[expect(clippy::disallowed_methods, reason = "a test's own server ends with the test")]
+    let server = tokio::spawn(async move { drop(axum::serve(listener, axum::Router::new().route("/records", take)).await) });
+    let (scratch, token) = (Scratch::new(), Scratch::new());
+    std::fs::write(&token.0, "hunter2\n").expect("written");
+    let sink = |token_file: Option<PathBuf>| HttpSink {
+        client: reqwest::Client::new(),
+        url: url.clone(),
+        token_file,
+        runtime: tokio::runtime::Handle::current(),
+    };
+    let audit = Audit::new(sink(Some(token.0.clone())));
+    audit.write(event(1)).await.expect("written");
+    fails.store(true, Ordering::SeqCst);
+    let error = audit.write(event(2)).await.expect_err("no room").to_string();
+    assert!(error.contains("507") && !error.contains("hunter2"), "{error}");
+    fails.store(false, Ordering::SeqCst);
+    audit.write(event(3)).await.expect("written");
+    std::fs::write(&scratch.0, &*kept.lock().expect("no panic")).expect("written");
+    assert_eq!(verify(&scratch.0).expect("read"), Ok(2));
+    assert!(Audit::new(sink(Some(scratch.0.with_extension("none")))).write(event(4)).await.is_err(), "without the token nothing is sent");
+    server.abort();
+    let _ = server.await;
+    let error = audit.write(event(5)).await.expect_err("nobody is there").to_string();
+    assert!(!error.contains("/records"), "{error}");
+}
+
 #[tokio::test]
 async fn a_record_that_failed_is_no_part_of_the_chain() {
     let memory = Memory::default();

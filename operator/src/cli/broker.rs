@@ -3,8 +3,9 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use clap::Args;
+use reqwest::Url;
 
 use crate::audit::Rotation;
 use crate::credentials::{Controller, IssuerConfig};
@@ -43,6 +44,16 @@ pub(crate) struct BrokerArgs {
     /// How many of those are kept; the oldest is removed.
     #[arg(long, env = "MAYFLY_AUDIT_FILE_MAX_BACKUPS", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1_000))]
     audit_file_max_backups: u32,
+    /// Collector that gets audit records instead: it is sent lines of JSON by POST, and a credential leaves when it answered with 2xx. https,
+    /// or http to this host alone.
+    #[arg(long, env = "MAYFLY_AUDIT_URL", conflicts_with = "audit_file")]
+    audit_url: Option<Url>,
+    /// PEM file of certificate authorities, for a collector with a private one.
+    #[arg(long, env = "MAYFLY_AUDIT_CA_FILE", requires = "audit_url")]
+    audit_ca_file: Option<PathBuf>,
+    /// File with a bearer token for it; read anew for every call.
+    #[arg(long, env = "MAYFLY_AUDIT_TOKEN_FILE", requires = "audit_url")]
+    audit_token_file: Option<PathBuf>,
     /// Base URL of the controller's gate API, which is told of refusals, and makes events of them.
     #[arg(long, env = "MAYFLY_CONTROLLER_URL", requires_all = ["controller_ca_file", "controller_token_file"])]
     controller_url: Option<String>,
@@ -61,6 +72,16 @@ pub(crate) struct BrokerArgs {
     remembered_tokens: u32,
 }
 
+/// Where audit records go.
+pub(crate) enum AuditTo {
+    /// Line by line.
+    StandardOutput,
+    /// A file of this process alone.
+    File { path: PathBuf, rotation: Option<Rotation> },
+    /// Somebody who keeps them; PEM.
+    Collector { url: Url, authorities: Option<Vec<u8>>, token_file: Option<PathBuf> },
+}
+
 /// Everything the broker was told.
 #[derive(Debug)]
 pub(crate) struct BrokerSettings {
@@ -72,8 +93,7 @@ pub(crate) struct BrokerSettings {
     pub(crate) certificate: String,
     pub(crate) key: Secret,
     pub(crate) provider_ca: Option<Vec<u8>>,
-    pub(crate) audit_file: Option<PathBuf>,
-    pub(crate) audit_rotation: Option<Rotation>,
+    pub(crate) audit: AuditTo,
     pub(crate) controller: Option<Controller>,
     pub(crate) only_replica: bool,
     pub(crate) remembered_tokens: usize,
@@ -102,6 +122,18 @@ impl BrokerArgs {
             }
             _ => None,
         };
+        let audit = match (self.audit_url, self.audit_file) {
+            (Some(url), _) => AuditTo::Collector {
+                url: collector(url)?,
+                authorities: self.audit_ca_file.as_ref().map(|path| bytes("--audit-ca-file", path)).transpose()?,
+                token_file: self.audit_token_file,
+            },
+            (None, Some(path)) => {
+                let rotation = self.audit_file_max_size.map(|size| Rotation { most: size << 20, kept: self.audit_file_max_backups });
+                AuditTo::File { path, rotation }
+            }
+            (None, None) => AuditTo::StandardOutput,
+        };
         Ok(BrokerSettings {
             instance: self.instance,
             issuers: issuers.collect::<Result<_>>()?,
@@ -110,11 +142,32 @@ impl BrokerArgs {
             certificate: text("--tls-certificate-file", &self.tls_certificate_file)?,
             key: Secret::new(text("--tls-key-file", &self.tls_key_file)?),
             provider_ca: self.provider_ca_file.as_ref().map(|path| bytes("--provider-ca-file", path)).transpose()?,
-            audit_file: self.audit_file,
-            audit_rotation: self.audit_file_max_size.map(|size| Rotation { most: size << 20, kept: self.audit_file_max_backups }),
+            audit,
             controller,
             only_replica: self.only_replica,
             remembered_tokens: self.remembered_tokens as usize,
         })
+    }
+}
+
+/// The address of a collector, to which records may go in the open only where they do not leave this host.
+fn collector(url: Url) -> Result<Url> {
+    let local = matches!(url.host_str(), Some("localhost" | "127.0.0.1" | "[::1]"));
+    ensure!(url.scheme() == "https" || (url.scheme() == "http" && local), "--audit-url: https, or http to localhost");
+    ensure!(url.username().is_empty() && url.password().is_none(), "--audit-url holds no password: name a file in --audit-token-file");
+    Ok(url)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_go_in_the_open_to_this_host_alone() {
+        let taken = |url: &str| collector(Url::parse(url).expect("an address")).is_ok();
+        assert!(taken("https://collector.example/audit") && taken("http://127.0.0.1:9880/") && taken("http://[::1]/"));
+        for refused in ["http://collector.example/", "http://127.0.0.1.example/", "https://me:secret@collector.example/", "file:///tmp/x"] {
+            assert!(!taken(refused), "{refused}");
+        }
     }
 }

@@ -22,7 +22,7 @@ use crate::runner::{BrokerAccess, PodSettings};
 mod broker;
 
 use broker::read_issuers;
-pub(crate) use broker::{BrokerArgs, BrokerSettings};
+pub(crate) use broker::{AuditTo, BrokerArgs, BrokerSettings};
 
 /// Where a pod is told whom to ask for names.
 const RESOLV_CONF: &str = "/etc/resolv.conf";

@@ -7,14 +7,16 @@ use kube::Api;
 use kube::runtime::watcher;
 use mayfly_crds::names::{BROKER_AUDIENCE, managed_selector};
 use mayfly_crds::{CredentialBinding, RunnerPool};
+use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::watches::{strip, strip_pod, watch};
 use super::{GRACE, connect, first_end, health, metrics, serve_plain, serve_tls};
-use crate::audit::{Audit, FileSink, StdoutSink};
-use crate::cli::BrokerSettings;
+use crate::audit::{Audit, FileSink, HttpSink, StdoutSink};
+use crate::cli::{AuditTo, BrokerSettings};
 use crate::credentials::{self, Broker, Guarded, Http, Issuer, Issuers, Known, Parts, Providers, Reports, Rhythm, no_server_at};
+use crate::forge::http_client;
 use crate::kube_io::KubeIo;
 use crate::pool::Deaf;
 use crate::runner::identity::Identities;
@@ -29,11 +31,15 @@ pub(crate) async fn run_broker(settings: BrokerSettings) -> Result<()> {
     let mut parts: JoinSet<Result<&'static str>> = JoinSet::new();
     serve_plain(&mut parts, "health", settings.health_address, health.router(), &stop);
 
-    let audit = match &settings.audit_file {
-        Some(path) => {
-            Audit::new(FileSink::open(path, settings.audit_rotation).with_context(|| format!("--audit-file {}", path.display()))?)
+    let audit = match settings.audit {
+        AuditTo::StandardOutput => Audit::new(StdoutSink),
+        AuditTo::File { path, rotation } => {
+            Audit::new(FileSink::open(&path, rotation).with_context(|| format!("--audit-file {}", path.display()))?)
         }
-        None => Audit::new(StdoutSink),
+        AuditTo::Collector { url, authorities, token_file } => {
+            let client = http_client(authorities.as_deref(), None, |_| None).context("HTTP client for --audit-url")?;
+            Audit::new(HttpSink { client, url, token_file, runtime: Handle::current() })
+        }
     };
     let issuers = settings.issuers.iter().map(|(config, authorities)| {
         let http = Http::new(authorities.as_deref(), no_server_at).with_context(|| format!("HTTP client for {}", config.issuer))?;
