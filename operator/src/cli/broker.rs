@@ -73,6 +73,7 @@ pub(crate) struct BrokerArgs {
 }
 
 /// Where audit records go.
+#[derive(Debug)]
 pub(crate) enum AuditTo {
     /// Line by line.
     StandardOutput,
