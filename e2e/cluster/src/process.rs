@@ -125,9 +125,13 @@ impl Daemon {
         Ok(true)
     }
 
-    /// Whether it runs, or ran, with other arguments or in another place than it would be started with now. Variables are not compared.
+    /// Whether it runs, or ran, with other arguments or in another place than it would be started with now, or before its program was built
+    /// anew. Variables are not compared.
     pub fn differs(&self, layout: &Layout) -> bool {
-        record(layout, &self.part).is_some_and(|record| record.command != line(&self.command(layout)))
+        let Some(record) = record(layout, &self.part) else { return false };
+        let written = |path: &Path| fs::metadata(path).and_then(|found| found.modified()).ok();
+        let rebuilt = written(&record_path(layout, &self.part)).zip(written(&self.program)).is_some_and(|(then, built)| built > then);
+        rebuilt || record.command != line(&self.command(layout))
     }
 
     fn command(&self, layout: &Layout) -> Command {

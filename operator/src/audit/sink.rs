@@ -53,7 +53,7 @@ impl Sink for HttpSink {
             request = request.bearer_auth(std::fs::read_to_string(path)?.trim());
         }
         // The address may hold what nobody else is to see.
-        let answer = self.runtime.block_on(request.send()).map_err(|error| io::Error::other(error.without_url()))?;
+        let answer = self.runtime.block_on(async { request.send().await }).map_err(|error| io::Error::other(error.without_url()))?;
         match answer.status().is_success() {
             true => Ok(()),
             false => Err(io::Error::other(format!("the collector answers {}", answer.status()))),
