@@ -18,7 +18,7 @@ pub(crate) fn broker(figures: &mut Figures) -> Result<()> {
     for line in said.lines().filter_map(|line| line.strip_prefix("figure ")) {
         let mut words = line.split(' ');
         let (Some(name), Some(value), Some(unit)) = (words.next(), words.next(), words.next()) else { continue };
-        let unit = ["1/s", "ratio", "s", "fetches", "MiB"].into_iter().find(|known| *known == unit).with_context(|| line.to_owned())?;
+        let unit = ["1/s", "ratio", "ms", "fetches", "MiB"].into_iter().find(|known| *known == unit).with_context(|| line.to_owned())?;
         figures.add(name, value.parse().with_context(|| line.to_owned())?, unit);
         count += 1;
     }

@@ -98,8 +98,8 @@ async fn exchanges_beside_bare_verification() {
     figure("broker_rs256_verifications_per_second_per_core", bare, "1/s");
     figure("broker_exchanges_per_second_per_core", exchanges, "1/s");
     figure("broker_exchanges_over_bare_verifications", exchanges / bare, "ratio");
-    figure("broker_added_latency_p50", took[took.len() / 2], "s");
-    figure("broker_added_latency_p99", took[took.len() * 99 / 100], "s");
+    figure("broker_added_latency_p50", took[took.len() / 2] * 1e3, "ms");
+    figure("broker_added_latency_p99", took[took.len() * 99 / 100] * 1e3, "ms");
 }
 
 #[tokio::test]
