@@ -274,6 +274,21 @@ pub(crate) fn reference_to(key: &PoolKey, uid: &str) -> ObjectReference {
     }
 }
 
+/// What a pod of this pool is asked for with, but for what is known only when it is made.
+pub(super) fn pod_request<'a>(pool: &'a Pool, name: &'a RunnerName) -> PodRequest<'a> {
+    PodRequest {
+        name,
+        namespace: &pool.key.namespace,
+        pool: &pool.key.name,
+        owner: &pool.owner,
+        spec: &pool.spec,
+        user_namespace: false,
+        life_seconds: 1,
+        sentinels: &[],
+        placement: Placement::NotOn(Vec::new()),
+    }
+}
+
 /// Makes a pod; `node` is the only one it may be on.
 async fn create(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>, node: Option<&String>) {
     let name = RunnerName::new(&pool.key.name, &pool.uid, rand::random());
@@ -289,15 +304,11 @@ async fn create(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>, node:
         (only_on, placement)
     };
     let request = PodRequest {
-        name: &name,
-        namespace: &pool.key.namespace,
-        pool: &pool.key.name,
-        owner: &pool.owner,
-        spec: &pool.spec,
         user_namespace: ctx.user_namespaces().all_support(),
         life_seconds: life.as_secs(),
         sentinels: &sentinels,
         placement,
+        ..pod_request(pool, &name)
     };
     let pod = runner_pod(&request, &ctx.settings.pods);
     let waits = Spawned { uid: String::new(), created: ctx.now(), seen: false, asked: None, registering: None, burnt: None, only_on };

@@ -15,6 +15,7 @@ use mayfly_crds::{ScaleSetStatus, SecretKeyRef, WaitingJob};
 use wildmatch::WildMatch;
 
 use super::accept::Refusal;
+use super::apply::pod_request;
 use super::controller::Context;
 use super::plan::{PodFacts, Role};
 use super::registry::{Link, OwedJob, PoolHandle, PoolState, Registered};
@@ -26,7 +27,7 @@ use crate::forge::{
     Forge, ForgeError, Job, JobId, JobKey, JobState, Reach, RegisteredRunner, Repository, Run, RunnerKey, ScaleSet, Secret, refused,
 };
 use crate::isolation::no_forge_at;
-use crate::runner::{Phase, Placement, PodRequest, phase, runner_pod};
+use crate::runner::{Phase, phase, runner_pod};
 
 /// Most waiting jobs told in a pool's status.
 pub(super) const WAITING_TOLD: usize = 10;
@@ -121,18 +122,7 @@ fn quota_left(ctx: &Context, pool: &Pool, handle: &PoolHandle) -> Option<Left> {
         return None;
     }
     let name = RunnerName::new(&pool.key.name, &pool.uid, [0; 8]);
-    let request = PodRequest {
-        name: &name,
-        namespace: &pool.key.namespace,
-        pool: &pool.key.name,
-        owner: &pool.owner,
-        spec: &pool.spec,
-        user_namespace: false,
-        life_seconds: 1,
-        sentinels: &[],
-        placement: Placement::NotOn(Vec::new()),
-    };
-    let charge = charge(&runner_pod(&request, &ctx.settings.pods));
+    let charge = charge(&runner_pod(&pod_request(pool, &name), &ctx.settings.pods));
     handle.state().charge = charge.clone();
     let mut coming = Charge::new();
     for neighbour in ctx.registry.all().iter().filter(|neighbour| neighbour.key.namespace == pool.key.namespace) {
