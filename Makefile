@@ -7,8 +7,8 @@ BIN := target/$(TARGET)/release
 CARGO := cargo
 # Everything is built with one profile and for the whole workspace at once, so that demo, tests and benchmarks share every object.
 BUILD := $(CARGO) build --release --workspace
-# Parts that are built beside the cluster's own.
-also := helm,image-gitea-runner
+# Parts that demo, tests and benchmarks need besides the cluster's own: Helm, the runners' images, and a store.
+also := helm,image-gitea-runner,image-gitea-runner-with-boto3,minio
 
 .PHONY: demo test bench lint generate up down status clean help
 
@@ -18,18 +18,13 @@ help: ## Show what can be made
 demo: up-and-build ## A real workflow in a one-job pod, from nothing: cluster, forge, operator, push, job, nothing left
 	@$(BIN)/demo
 
-test bench: also := $(also),minio
-ifeq ($(FORGE),github)
-demo: also := $(also),minio
-endif
 test: up-and-build ## Every test; JUnit results in target/junit, the last line is "N passed, N failed"
 	@hack/test.sh $(BIN)
 
 bench: up-and-build ## Figures, one a line as "name value unit", and in target/bench.json
 	@$(BIN)/bench
 
-# The cluster's parts are Go programs and take longest: they are built while cargo builds ours. Helm and the runner's image are what
-# demo, tests and benchmarks need besides; tests have a store as well.
+# The cluster's parts are Go programs and take longest: they are built while cargo builds ours.
 .PHONY: up-and-build
 up-and-build: $(BIN)/cluster
 	@$(BIN)/cluster up --also $(also) & up=$$!; \

@@ -24,6 +24,9 @@ pub const RUNNER_GROUP: &str = "RunnerGroupMatches";
 /// The ResourceQuotas of the namespace have room for the pods that the pool wants. Absent where none counts runner pods.
 pub const QUOTA: &str = "QuotaSuffices";
 
+/// Jobs get OIDC tokens of Mayfly's. Absent where the pool does not ask for that.
+pub const JOB_IDENTITY: &str = "JobIdentity";
+
 /// The binding's issuer is one of those in the operator's configuration.
 pub const ISSUER_TRUSTED: &str = "IssuerTrusted";
 
@@ -73,6 +76,10 @@ pub mod reasons {
     pub const ENGINE_CANNOT: &str = "EngineCannot";
     /// The issuer is not in the operator's configuration.
     pub const ISSUER_NOT_TRUSTED: &str = "IssuerNotTrusted";
+    /// The operator has no address as an issuer.
+    pub const NO_ISSUER: &str = "NoIssuer";
+    /// Mayfly vouches for the pool's jobs, and their forge does not.
+    pub const MAYFLY_VOUCHES: &str = "MayflyVouches";
     /// Older pools are served first.
     pub const OLDER_POOL_FIRST: &str = "OlderPoolFirst";
     /// No other pool takes the same jobs.

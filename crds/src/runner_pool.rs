@@ -25,6 +25,8 @@ use serde::{Deserialize, Serialize};
     doc = "A RunnerPool runs the jobs of one forge scope, each in a locked-down pod of its own in the pool's namespace.",
     validation = Rule::new("size(self.metadata.name) <= 40 && !self.metadata.name.contains('.')")
         .message("a RunnerPool's name has at most 40 characters and no dots: runner pods are named after it"),
+    validation = Rule::new("!has(self.spec.forge.github) || !has(self.spec.jobIdentity) || self.spec.jobIdentity.issuer != 'Mayfly'")
+        .message("jobIdentity.issuer: Mayfly is for forges that give their jobs no OIDC tokens; GitHub does"),
     printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type=='Ready')].status"),
     printcolumn(name = "Isolated", type_ = "string", json_path = ".status.conditions[?(@.type=='IsolationProved')].status",
         description = "Whether runner pods were shown to be isolated"),
@@ -60,6 +62,29 @@ pub struct RunnerPoolSpec {
     /// How long things may take.
     #[serde(default)]
     pub deadlines: Deadlines,
+    /// Who vouches for this pool's jobs.
+    #[serde(default)]
+    pub job_identity: JobIdentity,
+}
+
+/// Who says, to clouds and to the broker, which job this is.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct JobIdentity {
+    /// Whose OIDC tokens jobs get.
+    #[serde(default)]
+    pub issuer: JobIssuer,
+}
+
+/// Whose OIDC tokens jobs get.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum JobIssuer {
+    /// The forge's own, where it gives any.
+    #[default]
+    Forge,
+    /// Mayfly's, for forges that give none, such as Gitea. The operator needs an address for it (`jobIdentity.issuer` of the chart). It is
+    /// weaker than a forge's: what a token says is what the forge told the operator of the job, and the forge does not vouch for it.
+    Mayfly,
 }
 
 /// Exactly one member names the forge.

@@ -11,7 +11,7 @@ use mayfly_cluster::images::Recipe;
 use mayfly_cluster::{Cluster, Progress, pki};
 use serde_json::json;
 
-use crate::github;
+use crate::{github, ingress};
 use crate::world::{SYSTEM, built, repository};
 
 /// Registry part of the names of images that exist on the test node only.
@@ -20,8 +20,8 @@ const REGISTRY: &str = "mayfly.test";
 /// ConfigMap with the authority of the outside world's certificates.
 const AUTHORITY: &str = "mayfly-e2e-authority";
 
-/// The cluster tool's name for the runner's image.
-const RUNNER_IMAGE: &str = "image-gitea-runner";
+/// The cluster tool's names for the runners' images.
+const RUNNER_IMAGES: [&str; 2] = ["image-gitea-runner", "image-gitea-runner-with-boto3"];
 
 /// An image: where its Dockerfile is, the program it holds, and its name.
 const IMAGES: [(&str, &str, &str); 3] = [
@@ -37,9 +37,11 @@ const IMAGES: [(&str, &str, &str); 3] = [
 /// With what the program that failed said.
 pub fn install(cluster: &Cluster, progress: &Progress) -> Result<()> {
     let layout = cluster.layout();
-    let wanted = ["helm", RUNNER_IMAGE].map(str::to_owned);
+    let wanted: Vec<String> = RUNNER_IMAGES.iter().chain(&["helm"]).map(|name| (*name).to_owned()).collect();
     builder::build(layout, &Selection::named(&wanted)?, progress)?;
-    cluster.load_image(&builder::image(layout, RUNNER_IMAGE, progress)?.archive)?;
+    for image in RUNNER_IMAGES {
+        cluster.load_image(&builder::image(layout, image, progress)?.archive)?;
+    }
     let mut tags = Vec::new();
     for (folder, program, name) in IMAGES {
         tags.push(image(cluster, progress, folder, program, name)?);
@@ -62,6 +64,8 @@ pub fn install(cluster: &Cluster, progress: &Progress) -> Result<()> {
         "runnerPodPullPolicy=Never".to_owned(),
         format!("broker.issuers[0].issuer={}", github::issuer(&cluster.forge()?)?),
         "broker.issuers[0].certificateAuthorityFile=/etc/mayfly/ca/ca.crt".to_owned(),
+        format!("jobIdentity.issuer={}", ingress::issuer(&cluster.forge()?)?),
+        "jobIdentity.certificateAuthorityFile=/etc/mayfly/ca/ca.crt".to_owned(),
         format!("broker.caConfigMap={AUTHORITY}"),
     ];
     let authority = json!({
@@ -88,10 +92,7 @@ pub fn operator_log(cluster: &Cluster) -> String {
 /// # Errors
 /// When the Service is not there.
 pub fn webhook_url(cluster: &Cluster, namespace: &str, pool: &str) -> Result<String> {
-    let mut get = cluster.kubectl();
-    get.args(["-n", SYSTEM, "get", "service", "mayfly-webhooks", "-o", "jsonpath={.spec.clusterIP}"]);
-    let address = output(&mut get)?;
-    Ok(format!("http://{}/webhooks/gitea/{namespace}/{pool}", address.trim()))
+    Ok(format!("http://{}/webhooks/gitea/{namespace}/{pool}", ingress::webhook_service(cluster)?))
 }
 
 /// `helm`, pointed at the cluster.

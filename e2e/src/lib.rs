@@ -2,6 +2,7 @@
 
 pub mod forge;
 pub mod github;
+pub mod ingress;
 pub mod install;
 pub mod leak;
 pub mod pool;

@@ -145,6 +145,25 @@ impl Stage {
         .await
     }
 
+    /// Makes the repository `app` with a workflow, and a pull request to it from the robot's fork. Returns the pull request's job.
+    ///
+    /// # Errors
+    /// When it does not appear.
+    pub async fn fork_pull_request(&self, workflow: &str) -> Result<Job> {
+        let (owner, robot) = (&self.organization.name, &self.organization.robot);
+        self.forge.create_repo(owner, "app", false)?;
+        self.forge.put_file(owner, "app", "main", ".gitea/workflows/pr.yml", workflow.as_bytes(), "Add workflow")?;
+        self.forge.call("POST", &format!("/repos/{owner}/app/forks"), Some(&json!({"name": "app-fork"})))?;
+        eventually("the fork's branch", PATIENCE, || async {
+            Ok(Some(self.world.forge.call("GET", &format!("/repos/{robot}/app-fork/branches/main"), None)?))
+        })
+        .await?;
+        self.world.forge.put_file(robot, "app-fork", "main", "evil.txt", b"from a fork", "Change something")?;
+        let pull = json!({"title": "from a fork", "head": format!("{robot}:main"), "base": "main"});
+        self.world.forge.call("POST", &format!("/repos/{owner}/app/pulls"), Some(&pull))?;
+        eventually("the pull request's job", PATIENCE, || async { Ok(self.jobs("app")?.into_iter().next()) }).await
+    }
+
     /// Jobs of a repository.
     ///
     /// # Errors

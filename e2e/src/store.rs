@@ -1,10 +1,11 @@
-//! A store in the outside world: MinIO, whose STS takes the tokens of the simulated GitHub's jobs, and whose S3 takes what STS gave.
+//! A store in the outside world: MinIO, whose STS takes the tokens of the simulated GitHub's jobs and those that Mayfly gives to jobs of
+//! Gitea, and whose S3 takes what STS gave.
 
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use kube::Api;
 use kube::api::{Patch, PatchParams};
 use mayfly_cluster::builder::part_folder;
@@ -17,32 +18,46 @@ use tokio::sync::Mutex;
 
 use crate::wait::eventually;
 use crate::world::{host_beside_forge, host_of};
-use crate::{World, github};
+use crate::{World, github, ingress};
 
 /// What it is called among the programs of the outside world, and its part's name.
 const NAME: &str = "minio";
 const PORT: u16 = 9000;
 /// The one bucket.
 const BUCKET: &str = "artifacts";
-/// The audience of tokens that are meant for it.
-const AUDIENCE: &str = "store.mayfly.example";
-/// The policy of the one role: reads and writes the one bucket.
+/// The audiences of tokens that are meant for it, of GitHub's issuer and of Mayfly's, and the role that comes of each: MinIO names it by the
+/// SHA-1 of the audience.
+const GITHUB: [&str; 2] = ["store.mayfly.example", "arn:minio:iam:::role/FFIP175FgZAnS3r0RJQkaUzrJrE"];
+const MAYFLY: [&str; 2] = ["store.mayfly.example/gitea", "arn:minio:iam:::role/B2SY75NpcldqtaSaDiQRvqdQApw"];
+/// The policy of the roles: reads and writes the one bucket.
 const POLICY: &str = "one-bucket";
 /// How MinIO tells of its roles when it starts.
 const ROLES: &str = "IAM Roles:";
-/// Below the cluster's state: all that is the store's, and in it the role, written when all is arranged.
+/// Below the cluster's state: all that is the store's, and in it a file that is written when all is arranged.
 const FOLDER: &str = "store";
-const ROLE_FILE: &str = "role";
+const ARRANGED: &str = "arranged";
 
-/// A store with one bucket and one role, which whoever has a token of the simulated GitHub's issuer for its audience may assume.
+/// Whom the store trusts, for what audience, and the role for `AssumeRoleWithWebIdentity` that comes of it: it may do everything with the
+/// bucket, and nothing with others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trust {
+    /// `iss` of the tokens.
+    pub issuer: String,
+    /// What `aud` has to be.
+    pub audience: &'static str,
+    /// The role.
+    pub role_arn: &'static str,
+}
+
+/// A store with one bucket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Store {
     /// Address of both STS and S3, for pods, operator and outside world: `https://HOST:PORT`.
     pub endpoint: String,
-    /// The role for `AssumeRoleWithWebIdentity`: it may do everything with the bucket, and nothing with others.
-    pub role_arn: String,
-    /// What `aud` of a token has to be.
-    pub audience: String,
+    /// Tokens of the simulated GitHub.
+    pub github: Trust,
+    /// Tokens that Mayfly gives to jobs of a forge that gives none.
+    pub mayfly: Trust,
     /// The bucket.
     pub bucket: String,
     /// The authority that signed its certificate, and the issuer's: PEM.
@@ -53,15 +68,15 @@ impl Store {
     /// Name of the binding that [`bind`](Self::bind) applies.
     pub const BINDING: &str = "store";
 
-    /// Lets jobs of the organization's repository become the store's role, if their pool is the one of this name; `change` may change the
-    /// binding before it is applied.
+    /// Lets jobs of the repository of this number become the store's role, by tokens of that issuer, if their pool is the one of this name;
+    /// `change` may change the binding before it is applied.
     ///
     /// # Errors
     /// With the API server's answer.
     pub async fn bind(
         &self,
         world: &World,
-        organization: &github::Organization,
+        (trust, repository_id): (&Trust, i64),
         (namespace, pool): (&str, &str),
         change: impl FnOnce(&mut Value),
     ) -> Result<()> {
@@ -70,12 +85,12 @@ impl Store {
             "metadata": {"name": Self::BINDING, "namespace": namespace},
             "spec": {
                 "pools": [pool], "lifetimeSeconds": 900,
-                "token": {"issuer": github::issuer(&world.access)?, "audience": self.audience},
+                "token": {"issuer": trust.issuer, "audience": trust.audience},
                 "subject": {"claims": {
-                    "repository_id": {"exact": organization.repository_id.to_string()},
+                    "repository_id": {"exact": repository_id.to_string()},
                     "event_name": {"exact": "push"},
                 }},
-                "provider": {"aws": {"roleArn": self.role_arn, "region": "us-east-1", "endpoint": self.endpoint}},
+                "provider": {"aws": {"roleArn": trust.role_arn, "region": "us-east-1", "endpoint": self.endpoint}},
             },
         });
         change(&mut binding);
@@ -106,36 +121,39 @@ impl Store {
 /// One is started at a time: two cannot listen on one address.
 static STARTING: Mutex<()> = Mutex::const_new(());
 
-/// Has the simulated GitHub and the store run. A store that runs is kept with what is in it; another one begins empty.
+/// Has the simulated GitHub, the way to Mayfly's issuer and the store run. A store that runs is kept with what is in it; another one begins empty.
 ///
 /// # Errors
 /// When MinIO is not built (`cluster build minio`), or does not get ready.
 pub async fn start(world: &World) -> Result<Store> {
     let _one = STARTING.lock().await;
-    // Who the issuer is, is read when the store starts.
+    // Who the issuers are, is read when the store starts.
     github::start(world).await?;
+    ingress::start(world).await?;
     let layout = world.cluster.layout();
     let (folder, host) = (layout.at(FOLDER), host_beside_forge(&world.access, "s3")?);
-    let (endpoint, role_file) = (format!("https://{host}:{PORT}"), folder.join(ROLE_FILE));
-    if !world.cluster.runs(NAME) || !role_file.exists() {
+    let (endpoint, arranged) = (format!("https://{host}:{PORT}"), folder.join(ARRANGED));
+    let trust = |issuer: String, [audience, role_arn]: [&'static str; 2]| Trust { issuer, audience, role_arn };
+    let (github, mayfly) = (trust(github::issuer(&world.access)?, GITHUB), trust(ingress::issuer(&world.access)?, MAYFLY));
+    if !world.cluster.runs(NAME) || !arranged.exists() {
         world.cluster.stop(NAME)?;
         if folder.exists() {
             fs::remove_dir_all(&folder).with_context(|| format!("cannot empty {}", folder.display()))?;
         }
-        let role = arrange(world, &folder, &host).await.context("the store does not get ready")?;
-        write_file(&role_file, &role)?;
+        arrange(world, &folder, &host, &github, &mayfly).await.context("the store does not get ready")?;
+        write_file(&arranged, "")?;
     }
     Ok(Store {
         endpoint,
-        role_arn: fs::read_to_string(&role_file)?,
-        audience: AUDIENCE.to_owned(),
+        github,
+        mayfly,
         bucket: BUCKET.to_owned(),
         authority: pki::authority(layout)?,
     })
 }
 
-/// Starts MinIO, and has its own client make bucket and policy. Returns the role. Nobody has the administrator's credentials afterwards.
-async fn arrange(world: &World, folder: &Path, host: &str) -> Result<String> {
+/// Starts MinIO, and has its own client make bucket and policy. Nobody has the administrator's credentials afterwards.
+async fn arrange(world: &World, folder: &Path, host: &str, github: &Trust, mayfly: &Trust) -> Result<()> {
     let layout = world.cluster.layout();
     let programs = part_folder(layout, NAME)?;
     // MinIO looks for its certificate and for authorities under these names, and so does its client.
@@ -147,7 +165,8 @@ async fn arrange(world: &World, folder: &Path, host: &str) -> Result<String> {
     fs::copy(certificate, server.join("certs/public.crt"))?;
     fs::copy(key, server.join("certs/private.key"))?;
 
-    let (user, password, issuer) = (random_hex(10)?, random_hex(20)?, github::issuer(&world.access)?);
+    let (user, password) = (random_hex(10)?, random_hex(20)?);
+    let discovery = |trust: &Trust| format!("{}/.well-known/openid-configuration", trust.issuer);
     let path = |path: &Path| path.display().to_string();
     let (program, certs, data) = (path(&programs.join("minio")), path(&server.join("certs")), path(&server.join("data")));
     let log = layout.log(NAME);
@@ -161,15 +180,22 @@ async fn arrange(world: &World, folder: &Path, host: &str) -> Result<String> {
             ("MINIO_ROOT_USER", &user),
             ("MINIO_ROOT_PASSWORD", &password),
             ("MINIO_BROWSER", "off"),
-            ("MINIO_IDENTITY_OPENID_CONFIG_URL", &format!("{issuer}/.well-known/openid-configuration")),
-            ("MINIO_IDENTITY_OPENID_CLIENT_ID", AUDIENCE),
+            ("MINIO_IDENTITY_OPENID_CONFIG_URL", &discovery(github)),
+            ("MINIO_IDENTITY_OPENID_CLIENT_ID", github.audience),
             ("MINIO_IDENTITY_OPENID_ROLE_POLICY", POLICY),
+            ("MINIO_IDENTITY_OPENID_CONFIG_URL_MAYFLY", &discovery(mayfly)),
+            ("MINIO_IDENTITY_OPENID_CLIENT_ID_MAYFLY", mayfly.audience),
+            ("MINIO_IDENTITY_OPENID_ROLE_POLICY_MAYFLY", POLICY),
         ],
     )?;
-    let role = eventually("MinIO tells its role", Duration::from_secs(60), || async {
+    eventually("MinIO tells its roles", Duration::from_secs(60), || async {
         check_running(layout, NAME)?;
         let said = fs::read(&log)?;
-        Ok(role_in(&String::from_utf8_lossy(said.get(usize::try_from(before)?..).unwrap_or_default())))
+        let roles = roles_in(&String::from_utf8_lossy(said.get(usize::try_from(before)?..).unwrap_or_default()));
+        let Some(roles) = roles else { return Ok(None) };
+        let known = |trust: &Trust| roles.iter().any(|role| role == trust.role_arn);
+        ensure!(known(github) && known(mayfly), "MinIO's roles are {roles:?}");
+        Ok(Some(()))
     })
     .await?;
 
@@ -188,15 +214,15 @@ async fn arrange(world: &World, folder: &Path, host: &str) -> Result<String> {
         })
         .await?;
     }
-    Ok(role)
+    Ok(())
 }
 
-/// The first role that MinIO tells of.
-fn role_in(log: &str) -> Option<String> {
+/// The roles that MinIO tells of.
+fn roles_in(log: &str) -> Option<Vec<String>> {
     let (_, after) = log.split_once(ROLES)?;
     // The line may not be whole yet.
     let (line, _) = after.split_once('\n')?;
-    line.split_whitespace().next().map(str::to_owned)
+    Some(line.split_whitespace().map(str::to_owned).collect())
 }
 
 #[cfg(test)]
@@ -204,10 +230,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_role_is_read_from_a_whole_line() {
+    fn roles_are_read_from_a_whole_line() {
         let whole = "MinIO Object Storage Server\nINFO: IAM Roles: arn:minio:iam:::role/one arn:minio:iam:::role/two\nAPI: ..";
-        assert_eq!(role_in(whole).as_deref(), Some("arn:minio:iam:::role/one"));
-        assert_eq!(role_in("INFO: IAM Roles: arn:minio:iam:::ro"), None);
-        assert_eq!(role_in("API: https://s3"), None);
+        assert_eq!(roles_in(whole), Some(vec!["arn:minio:iam:::role/one".to_owned(), "arn:minio:iam:::role/two".to_owned()]));
+        assert_eq!(roles_in("INFO: IAM Roles: arn:minio:iam:::ro"), None);
+        assert_eq!(roles_in("API: https://s3"), None);
     }
 }

@@ -15,4 +15,5 @@ mod serves_github;
 mod settles;
 mod stays_in_its_pod;
 mod uses_credentials;
+mod vouches_for_jobs;
 mod without_engine;

@@ -39,6 +39,16 @@ fn cases() -> Vec<Case> {
             "exactly one credential",
         ),
         ("github", |p| p["spec"]["forge"] = json!({"github": {"url": "https://github.com/acme", "tokenSecretRef": {"name": "t"}}}), ""),
+        ("Mayfly's tokens", |p| p["spec"]["jobIdentity"] = json!({"issuer": "Mayfly"}), ""),
+        (
+            "Mayfly's tokens beside GitHub's",
+            |p| {
+                p["spec"]["forge"] = json!({"github": {"url": "https://github.com/acme", "tokenSecretRef": {"name": "t"}}});
+                p["spec"]["jobIdentity"] = json!({"issuer": "Mayfly"});
+            },
+            "jobIdentity.issuer: Mayfly is for forges",
+        ),
+        ("an unknown issuer", |p| p["spec"]["jobIdentity"] = json!({"issuer": "Somebody"}), "spec.jobIdentity.issuer"),
         (
             "github without an organization",
             |p| p["spec"]["forge"] = json!({"github": {"url": "https://github.com/", "tokenSecretRef": {"name": "t"}}}),

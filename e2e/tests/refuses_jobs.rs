@@ -43,29 +43,9 @@ async fn rules_for_repositories_workflows_and_events_hold() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_fork_pull_request_gets_no_runner() -> Result<()> {
     let stage = Stage::set("fork").await?;
-    let (owner, robot) = (stage.organization.name.clone(), stage.organization.robot.clone());
     stage.pool(|_| {}).await?;
     stage.hook()?;
-    stage.forge.create_repo(&owner, "app", false)?;
-    let pull = workflow("pull_request", "true");
-    stage.forge.put_file(&owner, "app", "main", ".gitea/workflows/pr.yml", pull.as_bytes(), "Add workflow")?;
-    stage.world.forge.with_token(&stage.organization.token).call(
-        "POST",
-        &format!("/repos/{owner}/app/forks"),
-        Some(&json!({"name": "app-fork"})),
-    )?;
-    eventually("the fork's branch", PATIENCE, || async {
-        Ok(Some(stage.world.forge.call("GET", &format!("/repos/{robot}/app-fork/branches/main"), None)?))
-    })
-    .await?;
-    stage.world.forge.put_file(&robot, "app-fork", "main", "evil.txt", b"from a fork", "Change something")?;
-    let pull = json!({"title": "from a fork", "head": format!("{robot}:main"), "base": "main"});
-    stage.world.forge.call("POST", &format!("/repos/{owner}/app/pulls"), Some(&pull))?;
-    let job = eventually("the pull request's job", PATIENCE, || async {
-        let jobs = stage.forge.jobs(&Scope::repository(&owner, "app"), Some("queued"))?;
-        Ok(jobs.into_iter().next())
-    })
-    .await?;
+    let job = stage.fork_pull_request(&workflow("pull_request", "true")).await?;
     stage.waits_because(job.id, "ForkDenied").await?;
     assert!(stage.pods().await?.is_empty());
     stage.strike().await

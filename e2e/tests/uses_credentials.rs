@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 /// Lets jobs of the stage's repository become the store's role.
 async fn bind(stage: &Stage, store: &Store, change: impl FnOnce(&mut Value)) -> Result<()> {
-    store.bind(&stage.world, &stage.organization, (&stage.namespace, POOL), change).await
+    store.bind(&stage.world, (&store.github, stage.organization.repository_id), (&stage.namespace, POOL), change).await
 }
 
 /// A stage whose pool may reach the store.
@@ -136,7 +136,7 @@ async fn a_token_is_worth_nothing_outside_of_its_pod() -> Result<()> {
         Ok(said.filter_map(|(_, text)| text.strip_prefix("loot: ")).map(str::to_owned).next())
     })
     .await?;
-    let (audience, binding) = (&store.audience, Store::BINDING);
+    let (audience, binding) = (store.github.audience, Store::BINDING);
     let steal = format!(
         r#"cd /run/mayfly
 echo {loot} | base64 -d >~/loot

@@ -25,10 +25,11 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::thread;
 
 use clap::{Args, Parser, Subcommand};
-use credentials::Counter;
+use credentials::{Arranged, Counter, Desk};
 use operator::{Client, Registration};
 use race::Race;
 use rustix::fs::Mode;
@@ -122,7 +123,7 @@ fn main() -> ExitCode {
 
 /// The gate's whole life. It ends only when the operator wants nothing more of this pod.
 fn guard(settings: &Settings, race: Race) -> Result<Infallible, String> {
-    let client = Client::new(&settings.operator_url, &settings.operator_ca, &settings.token_file)?;
+    let client = Arc::new(Client::new(&settings.operator_url, &settings.operator_ca, &settings.token_file)?);
     pipe::make(&settings.registration, Mode::RUSR | Mode::WUSR | Mode::RGRP)?;
     // The runner's container is being started meanwhile. Opening the pipe waits until it reads: nothing is registered for a runner
     // that never starts.
@@ -133,34 +134,58 @@ fn guard(settings: &Settings, race: Race) -> Result<Infallible, String> {
         pipe
     })?;
     say("runner is waiting");
-    let registration = loop {
+    let handed = loop {
         match client.registration()? {
-            Registration::Here(registration) => break registration,
+            Registration::Here(handed) => break handed,
             // What was proved a while ago is proved anew, so that a job does not have to wait for it.
             Registration::NotYet | Registration::Unproved => prove::prove(&client)?,
         }
     };
-    pipe::write(pipe, &settings.registration, &registration)?;
-    drop(registration);
+    let arranged = match handed.id_tokens {
+        true => arrange(settings, &client),
+        false => None,
+    };
+    pipe::write(pipe, &settings.registration, &handed.registration)?;
+    drop(handed);
     say("registration handed over");
     thread::scope(|scope| {
+        let desk = arranged.as_ref().map(Arranged::desk);
+        if let Some(arranged) = arranged {
+            scope.spawn(|| {
+                let Err(why) = arranged.serve();
+                say(&why);
+            });
+        }
         scope.spawn(|| {
-            let Err(why) = serve_job(settings, &client);
-            say(&why);
+            if let Err(why) = serve_job(settings, &client, desk) {
+                say(&why);
+            }
         });
         prove::go_on(&client)
     })
 }
 
+/// Has a job's steps find its tokens and credentials, before its runner starts. Where that fails the job runs without.
+fn arrange(settings: &Settings, client: &Arc<Client>) -> Option<Arranged> {
+    let folder = settings.registration.parent()?;
+    let arranged = Arranged::open(folder, client.clone(), settings.credentials.as_ref());
+    arranged.inspect_err(|why| say(&format!("the job gets no tokens: {why}"))).ok()
+}
+
 /// Tells the job that it may begin, and gives it credentials where it may have any.
-fn serve_job(settings: &Settings, client: &Client) -> Result<Infallible, String> {
+fn serve_job(settings: &Settings, client: &Client, desk: Option<Arc<Desk>>) -> Result<(), String> {
     let job = client.job()?;
     let folder = settings.registration.parent().ok_or("the registration has no folder")?;
+    if let Some(desk) = desk {
+        tell(&folder.join(JOB), &job)?;
+        say("the job is accepted");
+        return desk.learn();
+    }
     let counter = settings.credentials.as_ref().map(|_| Counter::open(folder)).transpose()?;
     tell(&folder.join(JOB), &job)?;
     say("the job is accepted");
     match (counter, &settings.credentials) {
-        (Some(counter), Some(credentials)) => counter.serve(credentials),
+        (Some(counter), Some(credentials)) => match counter.serve(credentials)? {},
         _ => Err("there is no broker: the job gets no credentials".to_owned()),
     }
 }

@@ -9,10 +9,13 @@ use mayfly_proof::{Challenge, Look, Looked, Report};
 use ureq::Agent;
 use ureq::tls::Certificate;
 
+use crate::credentials::Trouble;
 use crate::http::agent;
 
 /// Longer than the operator keeps a question open.
 const CALL_TIMEOUT: Duration = Duration::from_secs(70);
+/// Header of a registration whose job gets OIDC tokens of the operator.
+const ID_TOKENS: &str = "mayfly-id-tokens";
 /// Longest answer taken, in bytes.
 const MAX_ANSWER: u64 = 64 << 10;
 /// First and longest pause after a call that failed.
@@ -29,11 +32,19 @@ pub(crate) struct Client {
 /// The answer to the question for a registration.
 pub(crate) enum Registration {
     /// Here it is.
-    Here(Vec<u8>),
+    Here(Handed),
     /// There is no job yet.
     NotYet,
     /// The last proof is too old, or not of today's policies.
     Unproved,
+}
+
+/// What came of the question.
+pub(crate) struct Handed {
+    /// As the runner program reads it.
+    pub(crate) registration: Vec<u8>,
+    /// The job gets OIDC tokens of the operator: see [`Client::id_token`].
+    pub(crate) id_tokens: bool,
 }
 
 /// Whether a report was taken.
@@ -47,6 +58,7 @@ pub(crate) enum Taken {
 /// What one call brought.
 struct Answer {
     status: u16,
+    id_tokens: bool,
     body: Vec<u8>,
 }
 
@@ -82,13 +94,13 @@ impl Client {
     /// The registration. It is delivered once: one that does not arrive whole is lost.
     pub(crate) fn registration(&self) -> Result<Registration, String> {
         let found = self.until("/v1/registration", &[], |answer| match answer.status {
-            200 => Ok(Registration::Here(std::mem::take(&mut answer.body))),
+            200 => Ok(Registration::Here(Handed { registration: std::mem::take(&mut answer.body), id_tokens: answer.id_tokens })),
             204 => Ok(Registration::NotYet),
             428 => Ok(Registration::Unproved),
             _ => Err(answer.again()),
         })?;
         match found {
-            Registration::Here(body) if body.is_empty() => Err("the registration did not arrive whole".to_owned()),
+            Registration::Here(handed) if handed.registration.is_empty() => Err("the registration did not arrive whole".to_owned()),
             other => Ok(other),
         }
     }
@@ -104,6 +116,20 @@ impl Client {
             if let Some(job) = job {
                 return Ok(job);
             }
+        }
+    }
+
+    /// An OIDC token of the pod's job for this audience. Asks once.
+    pub(crate) fn id_token(&self, audience: &str) -> Result<String, Trouble> {
+        let body = serde_json::json!({"audience": audience}).to_string();
+        let away = |error: String| Trouble::Passing(format!("the operator cannot be asked for a token: {error}"));
+        let answer = self.call("/v1/id-token", body.as_bytes()).map_err(away)?;
+        match answer.status {
+            200 => String::from_utf8(answer.body).map_err(|_| away("its answer is no text".to_owned())),
+            400 | 401 | 403 | 410 => {
+                Err(Trouble::Denied(format!("the operator gives no token: {}", String::from_utf8_lossy(&answer.body))))
+            }
+            _ => Err(away(answer.again())),
         }
     }
 
@@ -123,7 +149,7 @@ impl Client {
         let mut pause = PAUSE_FIRST;
         loop {
             let why = match self.call(path, body) {
-                Ok(Answer { status: 401 | 410, body }) => return Err(format!("{path}: {}", String::from_utf8_lossy(&body))),
+                Ok(Answer { status: 401 | 410, body, .. }) => return Err(format!("{path}: {}", String::from_utf8_lossy(&body))),
                 Ok(mut answer) => match read(&mut answer) {
                     Ok(found) => return Ok(found),
                     Err(why) => why,
@@ -145,11 +171,12 @@ impl Client {
         }
         .map_err(|error| error.to_string())?;
         let status = answer.status().as_u16();
+        let id_tokens = answer.headers().contains_key(ID_TOKENS);
         let body = answer.body_mut().with_config().limit(MAX_ANSWER).read_to_vec();
         match body {
-            Ok(body) => Ok(Answer { status, body }),
+            Ok(body) => Ok(Answer { status, id_tokens, body }),
             // Whatever was to be delivered once is gone.
-            Err(_) if status == 200 => Ok(Answer { status, body: Vec::new() }),
+            Err(_) if status == 200 => Ok(Answer { status, id_tokens, body: Vec::new() }),
             Err(error) => Err(error.to_string()),
         }
     }

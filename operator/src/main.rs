@@ -6,6 +6,7 @@ mod credentials;
 mod forge;
 mod gc;
 mod isolation;
+mod issuer;
 mod kube_io;
 mod pool;
 mod runner;

@@ -53,3 +53,15 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- define "mayfly.applies" -}}
 {{- if or (eq .asked "Always") (and (eq .asked "Auto") (.root.Capabilities.APIVersions.Has .kind)) -}}yes{{- end -}}
 {{- end -}}
+{{/* Whose tokens the broker believes: those that are named, and Mayfly's own where it is an issuer. */}}
+{{- define "mayfly.issuers" -}}
+{{- $issuers := .Values.broker.issuers }}
+{{- with .Values.jobIdentity.issuer }}
+{{- $own := dict "issuer" . "algorithms" (list "RS256") "maxAgeSeconds" 300 }}
+{{- with $.Values.jobIdentity.certificateAuthorityFile }}
+{{- $own = set $own "certificateAuthorityFile" . }}
+{{- end }}
+{{- $issuers = append $issuers $own }}
+{{- end }}
+{{- toYaml $issuers }}
+{{- end }}

@@ -19,7 +19,7 @@ use crate::packages;
 use crate::progress::Progress;
 
 /// Names of our own images, with the Go part each carries.
-pub const IMAGES: &[(&str, &str)] = &[("image-pause", "pause"), ("image-coredns", "coredns"), ("image-gitea-runner", "gitea-runner")];
+pub const IMAGES: &[(&str, &str)] = &[("image-pause", "pause"), ("image-coredns", "coredns"), ("image-gitea-runner", "gitea-runner"), ("image-gitea-runner-with-boto3", "gitea-runner")];
 
 /// The pods' sandbox image.
 pub const PAUSE_IMAGE: &str = "mayfly.test/pause:dev";
@@ -27,6 +27,8 @@ pub const PAUSE_IMAGE: &str = "mayfly.test/pause:dev";
 pub const COREDNS_IMAGE: &str = "mayfly.test/coredns:dev";
 /// The forge's runner with what jobs usually need.
 pub const RUNNER_IMAGE: &str = "mayfly.test/gitea-runner:dev";
+/// The same with AWS's SDK for Python.
+pub const RUNNER_WITH_BOTO3_IMAGE: &str = "mayfly.test/gitea-runner-with-boto3:dev";
 
 /// What to build.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,7 +79,7 @@ impl Selection {
             if let Some((_, part)) = IMAGES.iter().find(|(image, _)| *image == known) {
                 chosen.insert(part);
             }
-            if ["runc", "gitea", "image-gitea-runner"].contains(&known) {
+            if ["runc", "gitea"].contains(&known) || takes_packages(known) {
                 chosen.insert("packages");
             }
         }
@@ -146,10 +148,18 @@ fn image_recipe(layout: &Layout, name: &str) -> Result<Recipe> {
         "image-pause" => ("e2e/images/pause", PAUSE_IMAGE, "pause"),
         "image-coredns" => ("e2e/images/coredns", COREDNS_IMAGE, "coredns"),
         "image-gitea-runner" => ("images/gitea-runner", RUNNER_IMAGE, "gitea-runner"),
+        "image-gitea-runner-with-boto3" => ("e2e/images/gitea-runner-with-boto3", RUNNER_WITH_BOTO3_IMAGE, "gitea-runner"),
         _ => bail!("there is no image {name:?}"),
     };
     let source = layout.repo().join(source);
-    Recipe::new(&source, vec![source.clone(), part_folder(layout, part)?], Some(tag))
+    // What one Gitea runner's image has of its own is what the other has as well.
+    let contexts = vec![source.clone(), layout.repo().join("images/gitea-runner"), part_folder(layout, part)?];
+    Recipe::new(&source, contexts, Some(tag))
+}
+
+/// Whether an image is made from Debian's packages.
+fn takes_packages(image: &str) -> bool {
+    image.starts_with("image-gitea-runner")
 }
 
 /// What the lanes tell one another.
@@ -316,7 +326,7 @@ impl<'a> Lanes<'a> {
         for (image, part) in IMAGES.iter().filter(|(image, _)| self.selection.has(image)) {
             let building = self.missing.iter().any(|(missing, _)| missing.name == *part);
             let go_on = self.wait(|board| {
-                (!building || board.built.contains(part)) && (*image != "image-gitea-runner" || board.fetched.contains("packages"))
+                (!building || board.built.contains(part)) && (!takes_packages(image) || board.fetched.contains("packages"))
             });
             if !go_on {
                 return Ok(());

@@ -12,6 +12,7 @@ use futures::{StreamExt, TryStreamExt};
 use k8s_openapi::api::core::v1::Pod;
 use kube::runtime::watcher::{Config, Event, watcher};
 use kube::{Api, ResourceExt};
+use mayfly_cluster::builder::RUNNER_WITH_BOTO3_IMAGE;
 use mayfly_cluster::forge::Scope;
 use mayfly_cluster::{Cluster, Options, Progress, Provider, World as Place};
 use mayfly_crds::RunnerPool;
@@ -19,7 +20,7 @@ use mayfly_crds::names::{ANNOTATION_JOB, LABEL_POOL};
 use mayfly_e2e::forge::Organization;
 use mayfly_e2e::store::{self, Store};
 use mayfly_e2e::wait::eventually;
-use mayfly_e2e::{World, github, install, pool};
+use mayfly_e2e::{World, github, ingress, install, pool};
 use mayfly_github_simulator::control::JobView;
 use serde_json::json;
 
@@ -61,6 +62,9 @@ enum Command {
         /// Address and port.
         address: String,
     },
+    /// Play the Ingress that leads to Mayfly's issuer, until ended. (The demo and the tests start this.)
+    #[command(hide = true)]
+    Ingress(ingress::Arguments),
 }
 
 #[tokio::main]
@@ -68,6 +72,7 @@ async fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = match arguments.command {
         Some(Command::Decoy { address }) => decoy(&address),
+        Some(Command::Ingress(arguments)) => ingress::serve(arguments).await,
         None => demo(arguments.forge).await,
     };
     match result {
@@ -126,7 +131,7 @@ async fn demo(forge: ForgeName) -> Result<()> {
     say(&said);
     say("-----------------------------------------------------------------------------");
     check_log(&said)?;
-    if let Stand::Github { store, .. } = &stand {
+    if let Some(store) = stand.store() {
         ensure_contains(&said, FOUND_BY)?;
         ensure_contains(&said, "cloud keys in the environment: none")?;
         ensure!(store.holds(&world, OBJECT), "the object is not in the store");
@@ -143,7 +148,7 @@ async fn demo(forge: ForgeName) -> Result<()> {
 
 /// The forge of the story, with its organization and the pool that serves it.
 enum Stand {
-    Gitea { forge: mayfly_cluster::Forge, served: Box<RunnerPool> },
+    Gitea { forge: mayfly_cluster::Forge, served: Box<RunnerPool>, store: Option<Box<Store>> },
     Github { organization: Box<github::Organization>, served: Box<RunnerPool>, store: Box<Store> },
 }
 
@@ -161,11 +166,27 @@ impl Stand {
         let forge = organization.client(world);
         forge.create_repo(ORGANIZATION, REPOSITORY, false)?;
         pool::secret(world, &organization, NAMESPACE).await?;
-        let manifest = pool::manifest(world, NAMESPACE, POOL, &organization, |_| {});
+        let store = match world.cluster.provider() {
+            Provider::Local => Some(Box::new(store::start(world).await?)),
+            Provider::Kind | Provider::Kubeconfig => None,
+        };
+        let egress = store.as_ref().map(|store| store.egress(world)).transpose()?;
+        let manifest = pool::manifest(world, NAMESPACE, POOL, &organization, |pool| {
+            if let Some(egress) = egress {
+                pool["spec"]["isolation"] = json!({"egress": egress});
+                pool["spec"]["jobIdentity"] = json!({"issuer": "Mayfly"});
+                pool["spec"]["runner"]["image"] = json!(RUNNER_WITH_BOTO3_IMAGE);
+            }
+        });
         let served = Box::new(apply(world, &manifest).await?);
+        if let Some(store) = &store {
+            let repository = forge.call("GET", &format!("/repos/{ORGANIZATION}/{REPOSITORY}"), None)?;
+            let repository = repository["id"].as_i64().context("the forge does not say the repository's number")?;
+            store.bind(world, (&store.mayfly, repository), (NAMESPACE, POOL), |_| {}).await?;
+        }
         let hook = install::webhook_url(&world.cluster, NAMESPACE, POOL)?;
         replace_hook(&forge, &hook, &organization.webhook_secret)?;
-        Ok(Self::Gitea { forge, served })
+        Ok(Self::Gitea { forge, served, store })
     }
 
     async fn github(world: &World) -> Result<Self> {
@@ -175,15 +196,23 @@ impl Stand {
         let egress = store.egress(world)?;
         let manifest = organization.manifest(NAMESPACE, POOL, |pool| pool["spec"]["isolation"] = json!({"egress": egress}));
         let served = Box::new(apply(world, &manifest).await?);
-        store.bind(world, &organization, (NAMESPACE, POOL), |_| {}).await?;
+        store.bind(world, (&store.github, organization.repository_id), (NAMESPACE, POOL), |_| {}).await?;
         Ok(Self::Github { organization: Box::new(organization), served, store: Box::new(store) })
     }
 
     /// What the job says last.
     fn last_words(&self) -> &'static str {
+        match self.store() {
+            None => "hello is done",
+            Some(_) => FOUND_BY,
+        }
+    }
+
+    /// Where the job writes an object.
+    fn store(&self) -> Option<&Store> {
         match self {
-            Self::Gitea { .. } => "hello is done",
-            Self::Github { .. } => FOUND_BY,
+            Self::Gitea { store, .. } => store.as_deref(),
+            Self::Github { store, .. } => Some(store),
         }
     }
 
@@ -191,15 +220,13 @@ impl Stand {
         match self {
             Self::Gitea { forge, .. } => {
                 let stamp = format!("# pushed by the demo {}\n", mayfly_cluster::command::random_hex(4)?);
-                let content = format!("{stamp}{WORKFLOW}");
+                let content = format!("{stamp}{}", workflow(self.store()));
                 forge.put_file(ORGANIZATION, REPOSITORY, "main", ".gitea/workflows/hello.yml", content.as_bytes(), "Say hello")?;
                 Ok("pushed .gitea/workflows/hello.yml to demo/hello".to_owned())
             }
-            Self::Github { organization, store, .. } => {
+            Self::Github { organization, .. } => {
                 let repository = format!("{ORGANIZATION}/{REPOSITORY}");
-                let values = [("ENDPOINT", &store.endpoint), ("BUCKET", &store.bucket), ("AUTHORITY", &store.authority)];
-                let step = values.iter().fold(STORE_STEP.to_owned(), |step, (name, value)| step.replace(name, &json!(value).to_string()));
-                organization.simulator.workflow(&repository, "hello.yml", &format!("{WORKFLOW}{step}")).await?;
+                organization.simulator.workflow(&repository, "hello.yml", &workflow(self.store())).await?;
                 organization.simulator.dispatch(&repository, &mayfly_github_simulator::model::Event::default()).await?;
                 Ok("pushed .github/workflows/hello.yml to demo/hello".to_owned())
             }
@@ -242,6 +269,15 @@ impl Stand {
             Self::Github { organization, served, .. } => organization.registrations(served).await?.len(),
         })
     }
+}
+
+/// The workflow that is pushed.
+fn workflow(store: Option<&Store>) -> String {
+    let step = store.map(|store| {
+        let values = [("ENDPOINT", &store.endpoint), ("BUCKET", &store.bucket), ("AUTHORITY", &store.authority)];
+        values.iter().fold(STORE_STEP.to_owned(), |step, (name, value)| step.replace(name, &json!(value).to_string()))
+    });
+    format!("{WORKFLOW}{}", step.unwrap_or_default())
 }
 
 /// Applies the pool; the one that an earlier demo left for another forge goes first.

@@ -85,11 +85,20 @@ impl Broker {
 
     /// Bindings that the job may use, as far as is known before its token is seen.
     pub(crate) fn offers(&self) -> Result<Vec<Offer>, Trouble> {
+        self.bindings("/v1/bindings")
+    }
+
+    /// Bindings that some job of this pod's pool may use.
+    pub(crate) fn offers_to_any_job(&self) -> Result<Vec<Offer>, Trouble> {
+        self.bindings("/v1/bindings?job=any")
+    }
+
+    fn bindings(&self, path: &str) -> Result<Vec<Offer>, Trouble> {
         #[derive(Deserialize)]
         struct Answer {
             bindings: Vec<Offer>,
         }
-        let request = self.agent.get(format!("{}/v1/bindings", self.url)).header("Authorization", format!("Bearer {}", self.pod_token()?));
+        let request = self.agent.get(format!("{}{path}", self.url)).header("Authorization", format!("Bearer {}", self.pod_token()?));
         read::<Answer>(request.call()).map(|answer| answer.bindings)
     }
 

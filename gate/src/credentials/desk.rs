@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use aws_lc_rs::constant_time::verify_slices_are_equal;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tokio::sync::SetOnce;
 
 use super::broker::{Broker, Offer, Provider, Trouble};
 use super::identity::Identity;
@@ -18,6 +19,8 @@ const RENEW: Duration = Duration::from_secs(20 * 60);
 const LEAST: Duration = Duration::from_secs(60);
 /// Between two questions of which job this is.
 const PAUSE: Duration = Duration::from_millis(200);
+/// Between two tokens that a job asks for itself.
+const PACE: Duration = Duration::from_millis(50);
 /// Between two tries of the first exchange.
 const PAUSE_EXCHANGE: Duration = Duration::from_secs(1);
 /// How long a job's hook may be kept waiting for the broker, all in all.
@@ -26,13 +29,20 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Everything that is given to the job.
 pub(crate) struct Desk {
     identity: Identity,
-    broker: Broker,
+    /// Without one there are tokens and nothing else.
+    broker: Option<Broker>,
     address: SocketAddr,
     token: String,
     /// Until when the hook may be kept waiting.
     until: Instant,
-    drawers: HashMap<String, Drawer>,
+    /// What the job may use, once it is known which job it is.
+    drawers: SetOnce<Result<Drawers, Trouble>>,
+    /// One token at a time that the job asks for itself.
+    asking: tokio::sync::Mutex<()>,
 }
+
+/// By the name of the binding.
+type Drawers = HashMap<String, Drawer>;
 
 /// One binding, and what came of it last.
 struct Drawer {
@@ -80,26 +90,83 @@ impl AwsSession {
 impl Desk {
     /// Asks the broker which bindings this job may use, until it knows which job it is. Blocks.
     pub(crate) fn open(identity: Identity, broker: Broker, address: SocketAddr) -> Result<Self, String> {
-        let until = Instant::now() + PATIENCE;
-        let offers = loop {
-            match broker.offers() {
-                Ok(offers) => break offers,
-                Err(Trouble::Passing(_)) if Instant::now() < until => std::thread::sleep(PAUSE),
-                Err(trouble) => return Err(trouble.into_text()),
-            }
-        };
-        Self::new(identity, broker, address, until, offers)
+        let desk = Self::waiting(identity, Some(broker), address)?;
+        desk.learn()?;
+        Ok(desk)
     }
 
-    fn new(identity: Identity, broker: Broker, address: SocketAddr, until: Instant, offers: Vec<Offer>) -> Result<Self, String> {
+    /// A desk of a job that is not known yet: until [`Desk::learn`] whoever asks has to wait.
+    pub(crate) fn waiting(identity: Identity, broker: Option<Broker>, address: SocketAddr) -> Result<Self, String> {
         let mut random = [0; 32];
         aws_lc_rs::rand::fill(&mut random).map_err(|_| "no random numbers".to_owned())?;
         let token = random.iter().map(|byte| format!("{byte:02x}")).collect();
-        let drawers = offers
-            .into_iter()
-            .map(|offer| (offer.name.clone(), Drawer { offer, kept: Mutex::default(), renewing: Arc::default() }))
-            .collect();
-        Ok(Self { identity, broker, address, token, until, drawers })
+        let (drawers, asking) = (SetOnce::new(), tokio::sync::Mutex::new(()));
+        Ok(Self { identity, broker, address, token, until: Instant::now() + PATIENCE, drawers, asking })
+    }
+
+    /// Asks the broker which bindings the job may use, until it knows which job it is. Blocks.
+    pub(crate) fn learn(&self) -> Result<(), String> {
+        let until = Instant::now() + PATIENCE;
+        let offers = loop {
+            match self.broker.as_ref().map_or_else(|| Ok(Vec::new()), Broker::offers) {
+                Err(Trouble::Passing(_)) if Instant::now() < until => std::thread::sleep(PAUSE),
+                found => break found,
+            }
+        };
+        let told = offers.clone().map(drop).map_err(Trouble::into_text);
+        // It is told once.
+        let _ = self.drawers.set(offers.map(drawers));
+        told
+    }
+
+    /// What the job may use; waited for as long as a job is not known.
+    async fn drawers(&self) -> Result<&Drawers, Trouble> {
+        let known = tokio::time::timeout(PATIENCE, self.drawers.wait()).await;
+        let known = known.map_err(|_| Trouble::Passing("it is not known yet which job this pod has".to_owned()))?;
+        known.as_ref().map_err(Clone::clone)
+    }
+
+    async fn drawer(&self, binding: &str, fits: impl Fn(&Drawer) -> bool) -> Result<&Drawer, Trouble> {
+        let unknown = || Trouble::Denied(format!("no CredentialBinding {binding:?} of this kind is for this job"));
+        self.drawers().await?.get(binding).filter(|drawer| fits(drawer)).ok_or_else(unknown)
+    }
+
+    /// Names and regions of the bindings for AWS.
+    async fn all_aws(&self) -> Result<Vec<(&str, &str)>, Trouble> {
+        let mut aws: Vec<(&str, &str)> = self.drawers().await?.values().filter_map(Drawer::aws).collect();
+        aws.sort_unstable();
+        Ok(aws)
+    }
+
+    /// Variables for the steps of a job that is not known yet: its right to ask for tokens, as GitHub's jobs have it, and where SDKs look for
+    /// credentials that some job of the pool may have. Blocks.
+    pub(crate) fn environment(&self, token_file: &str) -> String {
+        let (base, token) = (format!("http://{}", self.address), &self.token);
+        let mut lines = vec![
+            format!("MAYFLY_CREDENTIALS_URL={base}"),
+            format!("MAYFLY_CREDENTIALS_TOKEN_FILE={token_file}"),
+            format!("ACTIONS_ID_TOKEN_REQUEST_URL={base}/v1/id-token?api-version=2.0"),
+            format!("ACTIONS_ID_TOKEN_REQUEST_TOKEN={token}"),
+        ];
+        let offers = self.broker.as_ref().map_or_else(|| Ok(Vec::new()), Broker::offers_to_any_job);
+        let mut regions: Vec<String> = Vec::new();
+        for offer in offers.iter().flatten() {
+            if let Provider::Aws { region } = &offer.provider {
+                regions.push(region.clone());
+            }
+        }
+        regions.sort_unstable();
+        regions.dedup();
+        // A broker that is away may be there when the job asks.
+        if offers.is_err() || !regions.is_empty() {
+            lines.push(format!("AWS_CONTAINER_CREDENTIALS_FULL_URI={base}/v1/aws"));
+            lines.push(format!("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE={token_file}"));
+            lines.push(format!("AWS_CONTAINER_AUTHORIZATION_TOKEN={token}"));
+        }
+        if let [region] = regions.as_slice() {
+            lines.push(format!("AWS_REGION={region}"));
+        }
+        lines.join("\n") + "\n"
     }
 
     /// What every request has to show.
@@ -127,8 +194,7 @@ impl Desk {
             format!("set MAYFLY_CREDENTIALS_URL={base}"),
             format!("set MAYFLY_CREDENTIALS_TOKEN_FILE={token_file}"),
         ];
-        let mut aws: Vec<(&str, &str)> = self.drawers.values().filter_map(Drawer::aws).collect();
-        aws.sort_unstable();
+        let aws = self.all_aws().await.unwrap_or_default();
         match aws[..] {
             [] => {}
             [(name, region)] => match self.first_aws_session(name).await {
@@ -153,16 +219,10 @@ impl Desk {
                 }
             },
             _ => {
-                let names: Vec<&str> = aws.iter().map(|(name, _)| *name).collect();
-                let names = names.join(", ");
-                lines.push(format!(
-                    "say Mayfly: several CredentialBindings give AWS credentials ({names}): set AWS_CONTAINER_CREDENTIALS_FULL_URI to \
-                     $MAYFLY_CREDENTIALS_URL/v1/aws/NAME, and AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE to $MAYFLY_CREDENTIALS_TOKEN_FILE, \
-                     or a profile's credential_process to `mayfly-credentials NAME`"
-                ));
+                lines.push(format!("say Mayfly: {}", several(&aws)));
             }
         }
-        if self.drawers.is_empty() {
+        if self.drawers().await.is_ok_and(HashMap::is_empty) {
             lines.push("say Mayfly: no CredentialBinding is for this job".to_owned());
         }
         lines.join("\n") + "\n"
@@ -175,6 +235,40 @@ impl Desk {
             "AccessKeyId": session.access_key_id, "SecretAccessKey": session.secret_access_key, "Token": session.session_token,
             "Expiration": session.expiration,
         }))
+    }
+
+    /// The same for the one binding for AWS that the job may use.
+    pub(crate) async fn only_aws(self: &Arc<Self>) -> Result<Value, Trouble> {
+        match self.all_aws().await?.as_slice() {
+            [] => Err(Trouble::Denied("no CredentialBinding that gives AWS credentials is for this job".to_owned())),
+            [(name, _)] => self.aws(name).await,
+            many => Err(Trouble::Denied(several(many))),
+        }
+    }
+
+    /// Has the job's AWS credential there before it is asked for: SDKs wait a second or two.
+    pub(crate) async fn fetch_ahead(self: &Arc<Self>) {
+        // Whoever asks for it gets the error.
+        let _ = self.only_aws().await;
+    }
+
+    /// What `ACTIONS_ID_TOKEN_REQUEST_URL` answers: a token of the job for this audience. Of a forge the job asks itself.
+    pub(crate) async fn id_token(self: &Arc<Self>, audience: String) -> Result<Value, Trouble> {
+        if !matches!(self.identity, Identity::Operator(_)) {
+            return Err(Trouble::Denied("the forge gives this job its tokens".to_owned()));
+        }
+        let _turn = self.asking.lock().await;
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let (desk, wanted) = (self.clone(), audience.clone());
+            let asked = tokio::task::spawn_blocking(move || desk.identity.token_for(&wanted)).await;
+            // A job that asks without end must not be a load on the operator.
+            tokio::time::sleep(PACE).await;
+            match asked.map_err(|error| Trouble::Passing(error.to_string()))? {
+                Err(Trouble::Passing(_)) if Instant::now() < until => tokio::time::sleep(PAUSE).await,
+                tried => return tried.map(|token| json!({"count": 1, "value": token})),
+            }
+        }
     }
 
     /// What AWS's `credential_process` prints.
@@ -209,8 +303,7 @@ impl Desk {
 
     /// What the binding gives, from the drawer where that is good for a while: SDKs wait a second for an answer, and clouds take longer.
     async fn get(self: &Arc<Self>, binding: &str, fits: impl Fn(&Drawer) -> bool) -> Result<String, Trouble> {
-        let unknown = || Trouble::Denied(format!("no CredentialBinding {binding:?} of this kind is for this job"));
-        let drawer = self.drawers.get(binding).filter(|drawer| fits(drawer)).ok_or_else(unknown)?;
+        let drawer = self.drawer(binding, fits).await?;
         let now = Instant::now();
         if let Some(kept) = drawer.kept().filter(|kept| kept.left(now) > LEAST) {
             if !kept.is_fresh(now)
@@ -233,14 +326,31 @@ impl Desk {
 
     /// One token of the job for one credential. Blocks.
     fn renew(&self, binding: &str) -> Result<String, Trouble> {
-        let drawer = self.drawers.get(binding).ok_or_else(|| Trouble::Denied("no such binding".to_owned()))?;
-        let token = self.identity.token_for(&drawer.offer.audience).map_err(Trouble::Passing)?;
+        let none = || Trouble::Denied("no such binding".to_owned());
+        let drawer = self.drawers.get().and_then(|known| known.as_ref().ok()?.get(binding)).ok_or_else(none)?;
+        let broker = self.broker.as_ref().ok_or_else(none)?;
+        let token = self.identity.token_for(&drawer.offer.audience)?;
         let from = Instant::now();
-        let granted = self.broker.exchange(binding, &token)?;
+        let granted = broker.exchange(binding, &token)?;
         let kept = Kept { value: granted.access_token, from, until: from + Duration::from_secs(granted.expires_in) };
         *drawer.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(kept.clone());
         Ok(kept.value)
     }
+}
+
+fn drawers(offers: Vec<Offer>) -> Drawers {
+    let empty = |offer| Drawer { offer, kept: Mutex::default(), renewing: Arc::default() };
+    offers.into_iter().map(|offer| (offer.name.clone(), empty(offer))).collect()
+}
+
+/// What to do where more than one binding gives AWS credentials.
+fn several(aws: &[(&str, &str)]) -> String {
+    let names = aws.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
+    format!(
+        "several CredentialBindings give AWS credentials ({names}): set AWS_CONTAINER_CREDENTIALS_FULL_URI to \
+         $MAYFLY_CREDENTIALS_URL/v1/aws/NAME, and AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE to $MAYFLY_CREDENTIALS_TOKEN_FILE, or a profile's \
+         credential_process to `mayfly-credentials NAME`"
+    )
 }
 
 impl Drawer {
@@ -261,6 +371,7 @@ impl Drawer {
 pub(super) mod tests {
     use std::path::Path;
 
+    use super::super::identity::HandedOver;
     use super::*;
 
     pub(crate) const SESSION: &str =
@@ -268,18 +379,25 @@ pub(super) mod tests {
 
     /// A desk that asks nobody: what it has is in its drawers.
     pub(crate) fn desk(bindings: &[(&str, Provider, &str)]) -> Arc<Desk> {
-        let identity = Identity::read(b"https://forge.invalid/\ntoken\n", "").expect("an identity");
+        let identity = Identity::Forge(HandedOver::read(b"https://forge.invalid/\ntoken\n", "").expect("an identity"));
         let authority = rcgen::generate_simple_self_signed(vec!["broker".to_owned()]).expect("a certificate").cert.pem();
         let broker = Broker::new("https://127.0.0.1:1", &authority, Path::new("/nowhere")).expect("a broker");
         let offer = |name: &str, provider: &Provider| Offer { name: name.to_owned(), audience: "a".to_owned(), provider: provider.clone() };
         let offers = bindings.iter().map(|(name, provider, _)| offer(name, provider)).collect();
-        let desk = Desk::new(identity, broker, "127.0.0.1:4711".parse().expect("an address"), Instant::now(), offers).expect("a desk");
+        let mut desk = Desk::waiting(identity, Some(broker), "127.0.0.1:4711".parse().expect("an address")).expect("a desk");
+        desk.until = Instant::now();
+        assert!(desk.drawers.set(Ok(drawers(offers))).is_ok());
         let from = Instant::now();
         for (name, _, value) in bindings.iter().filter(|(.., value)| !value.is_empty()) {
             let kept = Kept { value: (*value).to_owned(), from, until: from + Duration::from_secs(3600) };
-            *desk.drawers[*name].kept.lock().expect("a drawer") = Some(kept);
+            fill(&desk, name, kept);
         }
         Arc::new(desk)
+    }
+
+    fn fill(desk: &Desk, name: &str, kept: Kept) {
+        let drawers = desk.drawers.get().and_then(|known| known.as_ref().ok()).expect("drawers");
+        *drawers[name].kept.lock().expect("a drawer") = Some(kept);
     }
 
     pub(crate) fn aws() -> Provider {
@@ -332,7 +450,7 @@ pub(super) mod tests {
         let keep = |left: u64| {
             let until = Instant::now() + Duration::from_secs(left);
             let kept = Kept { value: SESSION.to_owned(), from: until - Duration::from_secs(3600), until };
-            *desk.drawers["deploy"].kept.lock().expect("a drawer") = Some(kept);
+            fill(&desk, "deploy", kept);
         };
         for (left, given) in [(3000, true), (600, true), (70, true), (50, false)] {
             keep(left);

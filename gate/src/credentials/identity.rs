@@ -1,35 +1,56 @@
-//! A job's right to ask its forge for OIDC tokens.
+//! Where a job's OIDC tokens come from: its forge, by the right to ask that the hook handed over, or the operator.
 //!
 //! Source: docs.github.com, "OpenID Connect reference", on `ACTIONS_ID_TOKEN_REQUEST_URL` and `ACTIONS_ID_TOKEN_REQUEST_TOKEN`.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Deserialize;
 use ureq::Agent;
 use ureq::tls::{Certificate, PemItem, parse_pem};
 
+use super::broker::Trouble;
 use crate::http::agent;
+use crate::operator::Client;
 
 /// Deadline of one call.
 const CALL: Duration = Duration::from_secs(10);
 /// Longest answer, in bytes.
 const MAX_ANSWER: u64 = 64 << 10;
 
+/// Where a job's tokens come from.
+pub(crate) enum Identity {
+    /// Its forge.
+    Forge(HandedOver),
+    /// The operator, which knows the pod.
+    Operator(Arc<Client>),
+}
+
+impl Identity {
+    /// A token of the job for this audience.
+    pub(crate) fn token_for(&self, audience: &str) -> Result<String, Trouble> {
+        match self {
+            Self::Forge(handed) => handed.token_for(audience).map_err(Trouble::Passing),
+            Self::Operator(client) => client.id_token(audience),
+        }
+    }
+}
+
 /// What the hook handed over.
-pub(crate) struct Identity {
+pub(crate) struct HandedOver {
     agent: Agent,
     url: String,
     token: String,
 }
 
-impl fmt::Debug for Identity {
+impl fmt::Debug for HandedOver {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Identity")
+        f.write_str("HandedOver")
     }
 }
 
-impl Identity {
+impl HandedOver {
     /// Reads two lines, the URL and the token. `authorities` (PEM) are trusted beside the public ones.
     pub(crate) fn read(handed: &[u8], authorities: &str) -> Result<Self, String> {
         let text = std::str::from_utf8(handed).map_err(|_| "the job's identity is no text")?;
@@ -90,7 +111,7 @@ mod tests {
     #[test]
     fn an_identity_is_two_plain_lines_and_is_not_shown() {
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-        let identity = Identity::read(b"https://forge.example/x?v=1\nhunter2\n", "").expect("read");
+        let identity = HandedOver::read(b"https://forge.example/x?v=1\nhunter2\n", "").expect("read");
         assert_eq!((identity.url.as_str(), identity.token.as_str()), ("https://forge.example/x?v=1", "hunter2"));
         assert!(!format!("{identity:?}").contains("hunter2"));
         for bad in [
@@ -104,9 +125,9 @@ mod tests {
             b"https://forge.example/\ntok en\n",
             b"https://forge.example/\n\xff\xff\n",
         ] {
-            let error = Identity::read(bad, "").expect_err("refused");
+            let error = HandedOver::read(bad, "").expect_err("refused");
             assert!(!error.contains("forge.example"), "{error}");
         }
-        assert!(Identity::read(b"https://forge.example/\ntoken\n", "-----BEGIN CERTIFICATE-----\nAAA\n").is_err());
+        assert!(HandedOver::read(b"https://forge.example/\ntoken\n", "-----BEGIN CERTIFICATE-----\nAAA\n").is_err());
     }
 }

@@ -8,6 +8,9 @@
 //! - `say TEXT`: for whoever reads the job's log.
 //!
 //! A hook that hands over nothing, because its job may not ask for tokens, is not waited for, and nothing is served.
+//!
+//! Where the forge gives its jobs no tokens and the operator does, there is nothing to hand over, and often no hook: the steps' variables
+//! are written into the file `environment` before the runner gets its registration ([`Arranged`]), and answered once it is known which job it is.
 
 mod broker;
 mod desk;
@@ -15,7 +18,7 @@ mod identity;
 mod server;
 
 use std::convert::Infallible;
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -23,12 +26,16 @@ use clap::Args;
 use rustix::fs::Mode;
 
 use crate::pipe;
+use crate::operator::Client;
 use broker::Broker;
-use desk::Desk;
-use identity::Identity;
+pub(crate) use broker::Trouble;
+pub(crate) use desk::Desk;
+use identity::{HandedOver, Identity};
 
 /// What a request on loopback has to show, in the file of this name.
 const TOKEN: &str = "credentials-token";
+/// Variables for the job's steps, a line each, for runners that are told them before they have a job.
+const ENVIRONMENT: &str = "environment";
 /// Longest identity that is read, in bytes.
 const MAX_IDENTITY: u64 = 32 << 10;
 
@@ -91,13 +98,56 @@ impl Counter {
     }
 
     fn prepare(&self, settings: &Settings, handed: &[u8]) -> Result<(TcpListener, Arc<Desk>), String> {
-        let identity = Identity::read(handed, settings.forge_ca.as_deref().unwrap_or_default())?;
-        let broker = Broker::new(&settings.broker_url, &settings.broker_ca, &settings.broker_token_file)?;
-        let listener = TcpListener::bind("127.0.0.1:0").map_err(|error| format!("loopback: {error}"))?;
-        let address = listener.local_addr().map_err(|error| format!("loopback: {error}"))?;
+        let identity = Identity::Forge(HandedOver::read(handed, settings.forge_ca.as_deref().unwrap_or_default())?);
+        let broker = settings.broker()?;
+        let (listener, address) = loopback()?;
         let desk = Desk::open(identity, broker, address)?;
         crate::tell(&self.token, desk.token().as_bytes())?;
         Ok((listener, Arc::new(desk)))
+    }
+}
+
+impl Settings {
+    fn broker(&self) -> Result<Broker, String> {
+        Broker::new(&self.broker_url, &self.broker_ca, &self.broker_token_file)
+    }
+}
+
+fn loopback() -> Result<(TcpListener, SocketAddr), String> {
+    let bound = TcpListener::bind("127.0.0.1:0").and_then(|listener| Ok((listener.local_addr()?, listener)));
+    bound.map(|(address, listener)| (listener, address)).map_err(|error| format!("loopback: {error}"))
+}
+
+/// Tokens of the operator and what comes of them, for a job that is not known yet.
+pub(crate) struct Arranged {
+    listener: TcpListener,
+    desk: Arc<Desk>,
+}
+
+impl Arranged {
+    /// Writes down what the job's steps have to know. Without a broker there are tokens and nothing else.
+    ///
+    /// # Errors
+    /// When that cannot be written, or loopback cannot be listened on.
+    pub(crate) fn open(folder: &Path, client: Arc<Client>, settings: Option<&Settings>) -> Result<Self, String> {
+        let (listener, address) = loopback()?;
+        let desk = Arc::new(Desk::waiting(Identity::Operator(client), settings.map(Settings::broker).transpose()?, address)?);
+        let token = folder.join(TOKEN);
+        crate::tell(&token, desk.token().as_bytes())?;
+        crate::tell(&folder.join(ENVIRONMENT), desk.environment(&token.display().to_string()).as_bytes())?;
+        Ok(Self { listener, desk })
+    }
+
+    /// Which has to be told once the job is known.
+    pub(crate) fn desk(&self) -> Arc<Desk> {
+        self.desk.clone()
+    }
+
+    /// Serves as long as the pod lives.
+    pub(crate) fn serve(self) -> Result<Infallible, String> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| error.to_string())?;
+        let Self { listener, desk } = self;
+        runtime.block_on(async { tokio::join!(server::serve(listener, desk.clone()), desk.fetch_ahead()).0 })
     }
 }
 

@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::net::TcpListener;
 use std::sync::Arc;
 
-use axum::extract::{Path, Request, State};
+use axum::extract::{Path, RawQuery, Request, State};
 use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
@@ -30,6 +30,8 @@ pub(crate) async fn serve(listener: TcpListener, desk: Arc<Desk>) -> Result<Infa
 /// The routes.
 pub(super) fn router(desk: Arc<Desk>) -> Router {
     Router::new()
+        .route("/v1/id-token", get(id_token))
+        .route("/v1/aws", get(async |State(desk): State<Arc<Desk>>| answer(desk.only_aws().await)))
         .route(
             "/v1/aws/{binding}",
             get(async |State(desk): State<Arc<Desk>>, Path(binding): Path<String>| answer(desk.aws(&binding).await)),
@@ -44,6 +46,16 @@ pub(super) fn router(desk: Arc<Desk>) -> Router {
         )
         .layer(middleware::from_fn_with_state(desk.clone(), guard))
         .with_state(desk)
+}
+
+/// What GitHub's jobs find at `ACTIONS_ID_TOKEN_REQUEST_URL`, for jobs of other forges.
+async fn id_token(State(desk): State<Arc<Desk>>, RawQuery(query): RawQuery) -> Response {
+    let pairs = form_urlencoded::parse(query.as_deref().unwrap_or_default().as_bytes());
+    let mut audiences = pairs.filter(|(name, _)| name == "audience").map(|(_, value)| value.into_owned());
+    match (audiences.next(), audiences.next()) {
+        (Some(audience), None) if !audience.is_empty() => answer(desk.id_token(audience).await),
+        _ => refusal(StatusCode::BAD_REQUEST, "BadRequest", "name one audience: &audience=..."),
+    }
 }
 
 /// Nobody is served who does not show the token, or who came here by another name.

@@ -48,6 +48,19 @@ async fn forge(State(seen): Shared, headers: HeaderMap, RawQuery(query): RawQuer
     Json(json!({"count": 1, "value": "a.b.c"}))
 }
 
+/// The operator's word, as the gate API gives it.
+async fn id_token(State(seen): Shared, headers: HeaderMap, body: String) -> (StatusCode, &'static str) {
+    if seen.waits.load(Ordering::SeqCst) > 0 {
+        seen.waits.fetch_sub(1, Ordering::SeqCst);
+        return (StatusCode::SERVICE_UNAVAILABLE, "it is not known yet which job the pod has");
+    }
+    seen.note(format!("operator {body} {}", header(&headers)));
+    match seen.refuses.load(Ordering::SeqCst) {
+        true => (StatusCode::FORBIDDEN, "the job runs a fork's code, or may do so"),
+        false => (StatusCode::OK, "d.e.f"),
+    }
+}
+
 async fn bindings(State(seen): Shared, headers: HeaderMap) -> (StatusCode, Json<Value>) {
     if seen.waits.load(Ordering::SeqCst) > 0 {
         seen.waits.fetch_sub(1, Ordering::SeqCst);
@@ -101,7 +114,11 @@ impl World {
             let broker = closed.local_addr().expect("an address");
             let pem = (certified.cert.pem().into_bytes(), certified.signing_key.serialize_pem().into_bytes());
             let tls = RustlsConfig::from_pem(pem.0, pem.1).await.expect("a certificate");
-            let router = Router::new().route("/v1/bindings", get(bindings)).route("/v1/token", post(token)).with_state(seen.clone());
+            let router = Router::new()
+                .route("/v1/bindings", get(bindings))
+                .route("/v1/token", post(token))
+                .route("/v1/id-token", post(id_token))
+                .with_state(seen.clone());
             let server = axum_server::from_tcp_rustls(closed, tls).expect("a server");
             tokio::spawn(server.serve(router.into_make_service()));
             (forge, broker)
@@ -192,5 +209,50 @@ fn a_job_that_is_refused_is_told_and_finds_nothing() {
     let url = format!("{}/v1/aws/deploy", variable(&set, "MAYFLY_CREDENTIALS_URL"));
     let answer = ureq::get(url).config().http_status_as_error(false).build().header("Authorization", shown).call().expect("an answer");
     assert_eq!(answer.status().as_u16(), 403);
+    world.end();
+}
+
+/// The way of forges without tokens: nobody hands anything over, and the variables are there before the job is known.
+#[test]
+fn a_job_of_a_forge_without_tokens_gets_the_operators() {
+    let world = World::new("operator");
+    let operator = Client::new(&world.settings.broker_url, &world.settings.broker_ca, &world.settings.broker_token_file);
+    let arranged = Arranged::open(&world.folder, Arc::new(operator.expect("a client")), Some(&world.settings)).expect("arranged");
+    let set = fs::read_to_string(world.folder.join("environment")).expect("variables");
+    let desk = arranged.desk();
+    thread::spawn(move || arranged.serve());
+    assert_eq!(variable(&set, "AWS_REGION"), "eu-central-1");
+    let ask = |audience: &str, token: &str| {
+        let url = format!("{}{audience}", variable(&set, "ACTIONS_ID_TOKEN_REQUEST_URL"));
+        let request = ureq::get(url).config().http_status_as_error(false).build().header("Authorization", format!("Bearer {token}"));
+        let mut answer = request.call().expect("an answer");
+        let body: Value = serde_json::from_str(&answer.body_mut().read_to_string().expect("a body")).expect("JSON");
+        (answer.status().as_u16(), body)
+    };
+    let token = variable(&set, "ACTIONS_ID_TOKEN_REQUEST_TOKEN");
+
+    // As a client of GitHub's asks: what it was told, and the audience behind it.
+    world.seen.waits.store(2, Ordering::SeqCst);
+    assert_eq!(ask("&audience=vault.example%2Fx", token), (200, json!({"count": 1, "value": "d.e.f"})));
+    assert_eq!(ask("&audience=vault.example", "another").0, 401);
+    assert_eq!((ask("", token).0, ask("&audience=a&audience=b", token).0), (400, 400));
+
+    // Credentials wait until it is known which job it is.
+    let session = thread::scope(|scope| {
+        let asking = scope.spawn(|| session(&set));
+        thread::sleep(std::time::Duration::from_millis(300));
+        assert_eq!(world.seen.exchanges.load(Ordering::SeqCst), 0);
+        desk.learn().expect("bindings");
+        asking.join().expect("no panic")
+    });
+    assert_eq!(session["Token"], "hunter3");
+    let asked = world.asked();
+    assert!(asked.contains(&r#"operator {"audience":"vault.example/x"} Bearer token-of-the-pod"#.to_owned()), "{asked:?}");
+    let exchange = asked.iter().find(|asked| asked.contains("subject_token=")).expect("an exchange");
+    assert!(exchange.contains("subject_token=d.e.f") && exchange.contains("actor_token=token-of-the-pod"), "{exchange}");
+
+    world.seen.refuses.store(true, Ordering::SeqCst);
+    let (status, body) = ask("&audience=vault.example", token);
+    assert_eq!((status, &body["message"]), (403, &json!("the operator gives no token: the job runs a fork's code, or may do so")));
     world.end();
 }

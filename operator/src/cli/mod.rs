@@ -214,6 +214,13 @@ pub(crate) struct ControllerArgs {
     /// YAML file with the issuers that the broker trusts: bindings tell whether theirs is among them.
     #[arg(long, env = "MAYFLY_ISSUERS_FILE", requires = "broker_service")]
     issuers_file: Option<PathBuf>,
+    /// Address at which the world finds this operator's OIDC issuer, for pools with jobIdentity.issuer Mayfly: https, and to the letter what
+    /// tokens say. Its documents are served where webhooks arrive. Without it no pool can have that.
+    #[arg(long, env = "MAYFLY_IDENTITY_ISSUER", value_parser = issuer)]
+    identity_issuer: Option<String>,
+    /// Secret that keeps the issuer's keys; made if it is not there.
+    #[arg(long, env = "MAYFLY_IDENTITY_SECRET", default_value = "mayfly-identity-keys")]
+    identity_secret: String,
     /// HTTP proxy for all calls to forges: http://HOST:PORT. It resolves their names, and has to keep them from leading inside.
     #[arg(long, env = "MAYFLY_FORGE_PROXY", value_parser = proxy)]
     forge_proxy: Option<String>,
@@ -239,6 +246,8 @@ pub(crate) struct Settings {
     pub(crate) gate_names: Vec<String>,
     /// Name of the broker, and the Secret for its certificate.
     pub(crate) broker: Option<(String, String)>,
+    /// Address of the OIDC issuer, and the Secret for its keys.
+    pub(crate) identity: Option<(String, String)>,
     pub(crate) forge_ca: Option<Vec<u8>>,
     pub(crate) forge_proxy: Option<String>,
     /// User name of the broker's account; `None` where there is no broker.
@@ -326,6 +335,7 @@ impl ControllerArgs {
             gate_authority: self.gate_authority,
             gate_names: vec![host],
             broker: broker_host.map(|host| (host, self.broker_secret)),
+            identity: self.identity_issuer.map(|issuer| (issuer, self.identity_secret)),
             forge_ca,
             forge_proxy: self.forge_proxy,
             broker_account,
@@ -364,6 +374,16 @@ fn proxy(text: &str) -> Result<String, String> {
     match matches!(url.scheme(), "http" | "https") && url.username().is_empty() && url.password().is_none() && url.has_host() {
         true => Ok(text.to_owned()),
         false => Err("write http://HOST:PORT, without a user name".to_owned()),
+    }
+}
+
+/// An address that tokens can name as their issuer (OpenID Connect Discovery 1.0, section 3).
+fn issuer(text: &str) -> Result<String, String> {
+    let url = reqwest::Url::parse(text).map_err(|error| error.to_string())?;
+    let plain = url.scheme() == "https" && url.username().is_empty() && url.password().is_none() && url.has_host();
+    match plain && url.query().is_none() && url.fragment().is_none() && !text.ends_with('/') && text.bytes().all(|b| b.is_ascii_graphic()) {
+        true => Ok(text.to_owned()),
+        false => Err("write https://HOST or https://HOST/PATH, without a slash at the end".to_owned()),
     }
 }
 
@@ -460,6 +480,8 @@ mod tests {
     fn defaults_are_complete_and_nonsense_is_refused() {
         let found = settings(&[]).expect("valid");
         assert_eq!(found.pods.gate_url, "https://mayfly-gate.m.svc:8443");
+        let identity = settings(&["--identity-issuer", "https://mayfly.example/ci"]).expect("valid").identity;
+        assert_eq!(identity, Some(("https://mayfly.example/ci".to_owned(), "mayfly-identity-keys".to_owned())));
         let told = settings(&["--dns-addresses", "169.254.20.10,10.96.0.10"]).expect("valid").cluster.dns_addresses;
         assert_eq!(told.len(), 2, "what was told goes before what is found");
         for bad in [
@@ -470,6 +492,10 @@ mod tests {
             ["--dns-addresses", "kube-dns"],
             ["--forge-proxy", "proxy:3128"],
             ["--forge-proxy", "http://me:secret@proxy:3128"],
+            ["--identity-issuer", "http://mayfly.example"],
+            ["--identity-issuer", "https://mayfly.example/"],
+            ["--identity-issuer", "https://mayfly.example/ci?x=1"],
+            ["--identity-issuer", "https://me@mayfly.example"],
         ] {
             assert!(settings(&bad).is_err(), "{bad:?}");
         }

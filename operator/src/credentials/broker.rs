@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Bytes;
-use axum::extract::{ConnectInfo, DefaultBodyLimit, State};
+use axum::extract::{ConnectInfo, DefaultBodyLimit, RawQuery, State};
 use axum::http::{HeaderMap, header};
 use axum::response::Response;
 use axum::routing::{get, post};
@@ -144,9 +144,10 @@ async fn token(State(broker): State<Arc<Broker>>, ConnectInfo(peer): ConnectInfo
     }
 }
 
-/// Tells a pod what there is for its job. Nothing is given out, and nothing recorded.
-async fn bindings(State(broker): State<Arc<Broker>>, headers: HeaderMap) -> Response {
-    match tokio::time::timeout(REQUEST, broker.offers(&headers)).await {
+/// Tells a pod what there is for its job, or with `?job=any` for any job of its pool. Nothing is given out, and nothing recorded.
+async fn bindings(State(broker): State<Arc<Broker>>, headers: HeaderMap, RawQuery(query): RawQuery) -> Response {
+    let any_job = query.is_some_and(|query| query == "job=any");
+    match tokio::time::timeout(REQUEST, broker.offers(&headers, any_job)).await {
         Ok(Ok(found)) => offered(&found),
         Ok(Err(denial)) => {
             let id = crate::audit::uuid();
@@ -215,7 +216,7 @@ impl Broker {
         Ok(credential)
     }
 
-    async fn offers(&self, headers: &HeaderMap) -> Result<Vec<CredentialBinding>, Denial> {
+    async fn offers(&self, headers: &HeaderMap, any_job: bool) -> Result<Vec<CredentialBinding>, Denial> {
         let authorization = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
         let presenter = self.identities.identify(authorization).await.map_err(unknown_pod)?;
         let pod = self.pod(&presenter);
@@ -223,7 +224,7 @@ impl Broker {
         let sound = all.iter().filter_map(|binding| binding.0.as_ref().ok());
         let own = sound.filter(|binding| binding.metadata.namespace.as_ref() == Some(&presenter.namespace));
         let who = Presenter { namespace: &presenter.namespace, name: &presenter.name, uid: &presenter.uid };
-        let mut found: Vec<CredentialBinding> = offers(who, pod.as_ref(), own)?.into_iter().cloned().collect();
+        let mut found: Vec<CredentialBinding> = offers(who, pod.as_ref(), own, any_job)?.into_iter().cloned().collect();
         found.sort_by_key(ResourceExt::name_any);
         Ok(found)
     }

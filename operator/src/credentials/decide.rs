@@ -172,16 +172,18 @@ pub(crate) fn decide(question: &Question<'_>, replay: &mut Replay) -> Result<Gra
     })
 }
 
-/// The bindings that the job of this pod may use, as far as can be said before its token is seen. Decides nothing.
+/// The bindings that the job of this pod may use, as far as can be said before its token is seen; those that some job of
+/// its pool may use where `any_job`. Decides nothing.
 pub(crate) fn offers<'a>(
     presenter: Presenter<'_>,
     pod: Option<&PodFacts>,
     bindings: impl Iterator<Item = &'a CredentialBinding>,
+    any_job: bool,
 ) -> Result<Vec<&'a CredentialBinding>, Denial> {
     let (pod, pool) = living_pod(presenter, pod)?;
     let mut sound: Vec<_> = bindings.filter(|binding| sound_binding(Some(binding), pool).is_ok()).collect();
     // For a pool without bindings nobody asks the forge which job it is.
-    if !sound.is_empty() {
+    if !sound.is_empty() && !any_job {
         let job = job_claims(pod)?;
         sound.retain(|binding| may_fit(&binding.spec, &job));
     }

@@ -177,10 +177,14 @@ fn claim(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>, forge: &Arc<
     if !handle.state().claimed.insert(pod.clone()) {
         return;
     }
+    let issuer = ctx.issuer_for(pool).cloned();
     let (ctx, pool, handle, forge) = (ctx.clone(), pool.key.clone(), handle.clone(), forge.clone());
     let (pod, uid, job) = (pod.clone(), uid.clone(), job.clone());
     ctx.clone().tasks.spawn(async move {
-        let claims = forge.claims(&job).await;
+        let claims = forge.claims(&job).await.map(|claims| match &issuer {
+            Some(issuer) => issuer.record(claims),
+            None => claims,
+        });
         let written = match &claims {
             Ok(claims) if claims.is_empty() => Ok(()),
             Ok(claims) => {

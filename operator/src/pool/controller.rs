@@ -19,7 +19,7 @@ use kube::runtime::watcher;
 use kube::{Api, Resource, ResourceExt};
 use mayfly_crds::conditions::reasons;
 use mayfly_crds::names::FINALIZER_REGISTRATIONS;
-use mayfly_crds::{CredentialBinding, RunnerPool, RunnerPoolStatus, WaitingJob};
+use mayfly_crds::{CredentialBinding, JobIssuer, RunnerPool, RunnerPoolStatus, WaitingJob};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -37,6 +37,7 @@ use crate::cli::Settings;
 use crate::forge::ForgeError;
 use crate::gc;
 use crate::isolation::{Controls, Names};
+use crate::issuer::Issuer;
 use crate::kube_io::KubeIo;
 use crate::runner::{Phase, phase};
 use crate::runtime::metrics::Metrics;
@@ -79,6 +80,8 @@ pub(crate) struct Context {
     /// Endpoints of the API server.
     pub(crate) api_endpoints: Store<EndpointSlice>,
     pub(crate) controls: Controls,
+    /// With which jobs get tokens whose forge gives none; `None` where the operator has no address for it.
+    pub(crate) issuer: Option<Arc<Issuer>>,
     pub(crate) names: Names,
     pub(crate) tasks: TaskTracker,
 }
@@ -97,11 +100,23 @@ impl Context {
         serving.filter_map(|other| validate(other).ok()).filter(|other| other.uid != pool.uid && other.goes_before(pool)).collect()
     }
 
-    /// Whether the broker has to know the jobs of this pool: a binding names it.
-    pub(super) fn has_bindings(&self, pool: &PoolKey) -> bool {
+    /// Whether somebody has to know what the jobs of this pool are: who issues their tokens, or the broker, for a binding that names it.
+    pub(super) fn needs_claims(&self, pool: &Pool) -> bool {
+        match pool.source {
+            Source::Gitea { .. } => self.issuer_for(pool).is_some(),
+            Source::GitHub { .. } | Source::JustInTime { .. } => self.has_bindings(&pool.key),
+        }
+    }
+
+    fn has_bindings(&self, pool: &PoolKey) -> bool {
         let all = self.bindings.as_ref().map(Store::state).unwrap_or_default();
         let own = all.iter().filter(|binding| binding.namespace().as_deref() == Some(&pool.namespace));
         own.filter_map(|binding| binding.0.as_ref().ok()).any(|binding| binding.spec.pools.contains(&pool.name))
+    }
+
+    /// The issuer of the tokens of this pool's jobs, where that is Mayfly.
+    pub(super) fn issuer_for(&self, pool: &Pool) -> Option<&Arc<Issuer>> {
+        self.issuer.as_ref().filter(|_| pool.spec.job_identity.issuer == JobIssuer::Mayfly)
     }
 
     /// What the schedulable nodes say of user namespaces.
@@ -247,6 +262,7 @@ async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
         let nodes = pool_nodes(&ctx.nodes.state(), &ctx.daemon_sets.state(), &pool.spec.runner);
         let mut state = handle.state();
         state.enforcement = pool.spec.isolation.enforcement;
+        state.job_issuer = pool.spec.job_identity.issuer;
         state.nodes = nodes;
         state.adopt_isolation(&stored.isolation, ctx.now());
         state.names = ctx.dialects.names();
@@ -385,7 +401,8 @@ async fn report(
     let now = ctx.now();
     let (new, early) = {
         let state = handle.state();
-        let new = status(stored, pool, generation, &state, &ctx.user_namespaces(), outcome, &Time(now));
+        let issuer = ctx.issuer.as_ref().map(|issuer| issuer.url());
+        let new = status(stored, pool, generation, &state, &ctx.user_namespaces(), issuer, outcome, &Time(now));
         let early = state.status_written.is_some_and(|at| now.duration_since(at) < status::COUNTS_EVERY);
         (new, early)
     };

@@ -440,7 +440,7 @@ pub(super) fn gather_blind(ctx: &Context, pool: &Pool, handle: &PoolHandle) -> O
 /// What each pod is.
 fn pods(ctx: &Context, pool: &Pool, handle: &PoolHandle, refusals: &BTreeMap<JobKey, Refusal>, observed: &mut Observed) {
     let now = ctx.now();
-    let (living, wanted) = (own_pods(ctx, pool), LazyCell::new(|| ctx.has_bindings(&pool.key)));
+    let (living, wanted) = (own_pods(ctx, pool), LazyCell::new(|| ctx.needs_claims(pool)));
     let mut state = handle.state();
     let state = &mut *state;
     for pod in &living {

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
-use mayfly_crds::{Enforcement, Failure, NodeIsolation};
+use mayfly_crds::{Enforcement, Failure, JobIssuer, NodeIsolation};
 use serde::Serialize;
 use tokio::sync::{Notify, mpsc};
 
@@ -161,6 +161,8 @@ pub(crate) struct PoolState {
     pub(crate) names: Names,
     /// What a pod has to prove before it is registered.
     pub(crate) enforcement: Enforcement,
+    /// Whose tokens the pool's jobs get.
+    pub(crate) job_issuer: JobIssuer,
     /// What each pod proved of its isolation.
     pub(crate) proofs: BTreeMap<String, PodProof>,
     /// The nodes that fit the pool.
@@ -291,6 +293,22 @@ impl PoolHandle {
             if tokio::time::timeout_at(deadline, changed).await.is_err() {
                 return Err(NoJob::NotYet);
             }
+        }
+    }
+
+    /// The job that this pod's runner has now, accepted and not over, if it may have tokens of Mayfly's. Whoever may fork could write the
+    /// code of a fork's job.
+    pub(crate) fn job_for_tokens(&self, pod: &str) -> Result<JobKey, NoJob> {
+        let state = self.state();
+        let runner = state.registered.get(pod).ok_or(NoJob::Never("this pod has no registration"))?;
+        if runner.done || runner.lost || state.closing {
+            return Err(NoJob::Never("this pod has no job any more"));
+        }
+        let (key, _) = runner.job.as_ref().filter(|_| runner.accepted).ok_or(NoJob::NotYet)?;
+        let run = state.running.get(key).and_then(|job| state.runs.get(&(key.repository.clone(), job.run)));
+        match run.ok_or(NoJob::NotYet)?.fork {
+            Some(false) => Ok(key.clone()),
+            _ => Err(NoJob::Never("the job runs a fork's code, or may do so")),
         }
     }
 
@@ -441,6 +459,42 @@ mod tests {
         handle.state().spawned.insert("pod".to_owned(), spawned);
         crate::pool::proof::tests::prove(&mut handle.state(), "pod", created);
         handle
+    }
+
+    #[test]
+    fn only_the_pod_that_has_the_job_gets_its_token() {
+        let handle = handle_with_pod();
+        let never = |why: &'static str| Err(NoJob::Never(why));
+        assert_eq!(handle.job_for_tokens("pod"), never("this pod has no registration"));
+        handle.registered("pod", RunnerKey { repository: None, id: 1 }, Secret::new("x"), Timestamp::UNIX_EPOCH);
+        assert_eq!(handle.job_for_tokens("pod"), Err(NoJob::NotYet), "it has no job yet");
+        let key = JobKey { repository: Repository::parse("acme/web").expect("a repository"), id: 7.into() };
+        let job =
+            Job { key: key.clone(), run: 900, state: crate::forge::JobState::InProgress, labels: Vec::new(), runner: None, runner_id: None };
+        let change = |change: &dyn Fn(&mut Registered)| change(handle.state().registered.get_mut("pod").expect("a runner"));
+        change(&|runner| runner.job = Some((key.clone(), Timestamp::UNIX_EPOCH)));
+        handle.state().running.insert(key.clone(), job);
+        assert_eq!(handle.job_for_tokens("pod"), Err(NoJob::NotYet), "nobody has accepted it");
+        handle.job_accepted("pod");
+        assert_eq!(handle.job_for_tokens("pod"), Err(NoJob::NotYet), "nobody knows whose code it runs");
+        let run = |fork: Option<bool>| {
+            let (event, workflow, git_ref) = ("push".to_owned(), "ci.yml".to_owned(), "refs/heads/main".to_owned());
+            handle.state().runs.insert((key.repository.clone(), 900), Run { event, workflow, git_ref, fork, public: None });
+        };
+        for fork in [None, Some(true)] {
+            run(fork);
+            assert_eq!(handle.job_for_tokens("pod"), never("the job runs a fork's code, or may do so"));
+        }
+        run(Some(false));
+        assert_eq!(handle.job_for_tokens("pod"), Ok(key.clone()));
+        assert_eq!(handle.job_for_tokens("another"), never("this pod has no registration"));
+        for end in [|runner: &mut Registered| runner.done = true, |runner: &mut Registered| (runner.done, runner.lost) = (false, true)] {
+            change(&end);
+            assert_eq!(handle.job_for_tokens("pod"), never("this pod has no job any more"));
+        }
+        change(&|runner| runner.lost = false);
+        handle.state().closing = true;
+        assert_eq!(handle.job_for_tokens("pod"), never("this pod has no job any more"));
     }
 
     #[tokio::test(start_paused = true)]

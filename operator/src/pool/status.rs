@@ -3,7 +3,7 @@
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use mayfly_crds::conditions::{self, Verdict, reasons};
-use mayfly_crds::{Counts, EgressHost, IsolationVerdict, NodeIsolation, RunnerPoolStatus, ScaleSetStatus, Starts, WaitingJob};
+use mayfly_crds::{Counts, EgressHost, IsolationVerdict, JobIssuer, NodeIsolation, RunnerPoolStatus, ScaleSetStatus, Starts, WaitingJob};
 
 use super::accept::Rules;
 use super::dialects::Names;
@@ -77,6 +77,7 @@ pub(super) fn status(
     generation: Option<i64>,
     state: &PoolState,
     users: &UserNamespaces,
+    issuer: Option<&str>,
     outcome: &Outcome<'_>,
     now: &Time,
 ) -> RunnerPoolStatus {
@@ -84,6 +85,7 @@ pub(super) fn status(
     new.isolation = proof::nodes_told(state, &old.isolation);
     let mut verdicts = vec![users.verdict(), isolation(&new.isolation, &state.nodes)];
     verdicts.extend(pool.and_then(|pool| hosts(&pool.spec.isolation.egress.hosts, state)));
+    verdicts.extend(pool.and_then(|pool| job_identity(pool.spec.job_identity.issuer, issuer)));
     new.scope = pool.map(Pool::scope_text).unwrap_or_default();
     let known = state.link.as_ref().and_then(|link| link.forge.scale_set());
     if let Some(set) = known {
@@ -203,6 +205,23 @@ fn hosts(opened: &[EgressHost], state: &PoolState) -> Option<Verdict> {
     Some(Verdict::no(type_, reasons::ENGINE_CANNOT, format!("{names}: closed to jobs, which run all the same. {why}")))
 }
 
+/// Whether jobs get tokens of Mayfly's. Nothing where the pool does not ask for that.
+fn job_identity(wanted: JobIssuer, issuer: Option<&str>) -> Option<Verdict> {
+    let type_ = conditions::JOB_IDENTITY;
+    match (wanted, issuer) {
+        (JobIssuer::Forge, _) => None,
+        (JobIssuer::Mayfly, Some(issuer)) => {
+            let message = format!("jobs get OIDC tokens of {issuer}; the forge does not vouch for them, as their claim vouched_by says");
+            Some(Verdict::yes(type_, reasons::MAYFLY_VOUCHES, message))
+        }
+        (JobIssuer::Mayfly, None) => {
+            let message = "jobs run without OIDC tokens: the operator has no address as an issuer. Set jobIdentity.issuer in the values of \
+                           its chart, or leave jobIdentity out of the pool";
+            Some(Verdict::no(type_, reasons::NO_ISSUER, message))
+        }
+    }
+}
+
 /// What to say where host names are found to be closed and were not before.
 pub(super) fn newly_closed_hosts<'a>(old: &RunnerPoolStatus, new: &'a RunnerPoolStatus) -> Option<&'a str> {
     let closed = |condition: &&Condition| condition.type_ == conditions::EGRESS_HOSTS && condition.status == "False";
@@ -297,6 +316,16 @@ mod tests {
         };
         assert_eq!((told(5, None), told(4, None), told(4, Some(60))), (reasons::OK, reasons::QUOTA_BELOW_MAX, reasons::QUOTA_BELOW_MAX));
         assert_eq!((told(5, Some(1)), told(5, Some(60))), (reasons::OK, reasons::QUOTA_USED_UP));
+    }
+
+    #[test]
+    fn who_vouches_for_jobs_is_told() {
+        assert!(job_identity(JobIssuer::Forge, Some("https://mayfly.example")).is_none());
+        let told = job_identity(JobIssuer::Mayfly, Some("https://mayfly.example")).expect("a verdict");
+        assert_eq!((told.status, told.reason), (conditions::Status::True, reasons::MAYFLY_VOUCHES));
+        assert!(told.message.contains("https://mayfly.example") && told.message.contains("does not vouch"));
+        let told = job_identity(JobIssuer::Mayfly, None).expect("a verdict");
+        assert_eq!((told.status, told.reason), (conditions::Status::False, reasons::NO_ISSUER));
     }
 
     #[test]

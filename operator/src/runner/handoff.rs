@@ -9,25 +9,32 @@
 //!   first.
 //! - `/v1/control`, body [`mayfly_proof::Looked`] or none, from sentinels alone: 200 with what to try next ([`mayfly_proof::Look`]); 204 nothing
 //!   yet, ask again.
+//! - `/v1/id-token`, body `{"audience": "..."}`: 200 with an OIDC token of the pod's job, for pools whose jobs get theirs from Mayfly; 400 no
+//!   audience; 403 this job gets none. That a pool is one of those is said with the registration, in the header [`ID_TOKENS`].
 //! - `/v1/job`, no body: 200 with the job that the pod's runner has, in words, when the pool has accepted it; 204 not yet, ask again.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{DefaultBodyLimit, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use axum::{Json, Router};
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 use kube::runtime::reflector::ObjectRef;
-use mayfly_crds::names::{GATE_AUDIENCE, LABEL_POOL};
+use mayfly_crds::JobIssuer;
+use mayfly_crds::names::{ANNOTATION_JOB_CLAIMS, GATE_AUDIENCE, LABEL_POOL};
 use mayfly_proof::{Challenge, Look, Looked, Report};
+use serde::Deserialize;
 use tower::limit::GlobalConcurrencyLimitLayer;
 
 use super::identity::{Identities, IdentityError, PodIdentity};
 use super::state::{Phase, phase};
+use crate::forge::Secret;
+use crate::issuer::MintError;
 use crate::pool::proof::{self as pool, Taken};
 use crate::pool::{Context, NoJob, PoolHandle, PoolKey};
 
@@ -35,6 +42,10 @@ use crate::pool::{Context, NoJob, PoolHandle, PoolKey};
 const PATIENCE: Duration = Duration::from_secs(50);
 /// Longest report, in bytes.
 const MAX_REPORT: usize = 64 << 10;
+/// Header of a registration whose job gets OIDC tokens here.
+const ID_TOKENS: &str = "mayfly-id-tokens";
+/// Longest question for a token, in bytes.
+const MAX_QUESTION: usize = 2 << 10;
 /// Sentinels served at the same time: one a node.
 const SENTINELS: usize = 8_192;
 /// Gates served at the same time.
@@ -55,12 +66,19 @@ pub(crate) fn router(ctx: Arc<Context>) -> Router {
         .layer(GlobalConcurrencyLimitLayer::new(SENTINELS));
     Router::new()
         .route("/v1/registration", post(registration).layer(DefaultBodyLimit::max(0)))
+        .route("/v1/id-token", post(id_token).layer(DefaultBodyLimit::max(MAX_QUESTION)))
         .route("/v1/job", post(job).layer(DefaultBodyLimit::max(0)))
         .route("/v1/challenge", post(challenge).layer(DefaultBodyLimit::max(0)))
         .route("/v1/proof", post(proof).layer(DefaultBodyLimit::max(MAX_REPORT)))
         .layer(GlobalConcurrencyLimitLayer::new(GATES))
         .merge(sentinels)
         .with_state(api)
+}
+
+/// What a token is to be good for.
+#[derive(Deserialize)]
+struct Wanted {
+    audience: String,
 }
 
 /// An answer other than a registration.
@@ -155,6 +173,43 @@ async fn job(State(api): State<Arc<GateApi>>, headers: HeaderMap) -> Result<Stri
     handle.accepted_job(&pod.name, PATIENCE).await.map(|job| job.to_string()).map_err(Refusal::from)
 }
 
+/// A token that says which job this is. Nobody but the gate of the pod that has the job gets one.
+async fn id_token(State(api): State<Arc<GateApi>>, headers: HeaderMap, wanted: Json<Wanted>) -> Result<Response, Refusal> {
+    let minted = mint(&api, &headers, &wanted.audience).await;
+    api.ctx.metrics.id_token(if minted.is_ok() { "minted" } else { "refused" });
+    let headers = [(header::CONTENT_TYPE, "application/jwt"), (header::CACHE_CONTROL, "no-store")];
+    minted.map(|token| (headers, token.reveal().to_owned()).into_response())
+}
+
+async fn mint(api: &GateApi, headers: &HeaderMap, audience: &str) -> Result<Secret, Refusal> {
+    let (identity, pod, handle) = caller(api, headers).await?;
+    let none = Refusal(StatusCode::FORBIDDEN, "the jobs of this pool get no tokens of Mayfly's");
+    let issuer = api.ctx.issuer.as_ref().filter(|_| handle.state().job_issuer == JobIssuer::Mayfly).ok_or(none)?;
+    let wait = || Refusal(StatusCode::SERVICE_UNAVAILABLE, "it is not known yet which job the pod has");
+    let job = handle.job_for_tokens(&identity.name).map_err(|no| match no {
+        NoJob::Never(why) => Refusal(StatusCode::FORBIDDEN, why),
+        NoJob::NotYet | NoJob::Unproved => wait(),
+    })?;
+    // What the broker will hold the token against.
+    let record = pod.annotations().get(ANNOTATION_JOB_CLAIMS).ok_or_else(wait)?;
+    let record: BTreeMap<String, String> =
+        serde_json::from_str(record).map_err(|_| Refusal(StatusCode::FORBIDDEN, "the record of the pod's job cannot be read"))?;
+    let of_this_job = |name: &str, value: &str| record.get(name).map(String::as_str) == Some(value);
+    if !of_this_job("check_run_id", &job.id.to_string()) || !of_this_job("repository", job.repository.as_str()) {
+        return Err(Refusal(StatusCode::FORBIDDEN, "the record of the pod's job is another job's"));
+    }
+    let minted = issuer.mint(&record, audience, api.ctx.now());
+    match &minted {
+        Ok(_) => tracing::info!(pool = %handle.key, pod = identity.name, %job, audience, "made a token of the job"),
+        Err(error) => tracing::warn!(pool = %handle.key, pod = identity.name, %job, %error, "no token of the job"),
+    }
+    minted.map_err(|error| match error {
+        MintError::Audience => Refusal(StatusCode::BAD_REQUEST, "this is no audience"),
+        MintError::Record => Refusal(StatusCode::FORBIDDEN, "the record of the pod's job is not this issuer's"),
+        MintError::Signing(_) => Refusal(StatusCode::SERVICE_UNAVAILABLE, "the token could not be signed"),
+    })
+}
+
 impl From<NoJob> for Refusal {
     fn from(no: NoJob) -> Self {
         match no {
@@ -169,7 +224,10 @@ async fn hand_over(api: &GateApi, headers: &HeaderMap) -> Result<Response, Refus
     let (pod, _, handle) = caller(api, headers).await?;
     let now = api.ctx.now();
     let job = handle.take_job(&pod.name, &pod.uid, now, PATIENCE).await.map_err(Refusal::from)?;
-    let forge = handle.state().link.as_ref().map(|link| link.forge.clone());
+    let (forge, issuer) = {
+        let state = handle.state();
+        (state.link.as_ref().map(|link| link.forge.clone()), state.job_issuer)
+    };
     let Some(forge) = forge else {
         handle.registration_failed(&pod.name, "the pool lost its forge");
         return Err(Refusal(StatusCode::GONE, "the pool lost its forge"));
@@ -193,7 +251,11 @@ async fn hand_over(api: &GateApi, headers: &HeaderMap) -> Result<Response, Refus
     });
     let secret = task.await.map_err(|_| Refusal(StatusCode::GONE, "the registration was interrupted"))??;
     let headers = [(header::CONTENT_TYPE, "application/octet-stream"), (header::CACHE_CONTROL, "no-store")];
-    Ok((headers, secret.reveal().to_owned()).into_response())
+    let mut answer = (headers, secret.reveal().to_owned()).into_response();
+    if api.ctx.issuer.is_some() && issuer == JobIssuer::Mayfly {
+        answer.headers_mut().insert(ID_TOKENS, HeaderValue::from_static("mayfly"));
+    }
+    Ok(answer)
 }
 
 /// The living pod, and the pool whose it is.

@@ -29,6 +29,7 @@ pub(crate) struct Metrics {
     pods_created: Counter,
     pods_deleted: Family<Outcome, Counter>,
     hand_overs: Family<Outcome, Counter>,
+    id_tokens: Family<Outcome, Counter>,
     proofs: Family<Outcome, Counter>,
     proof_seconds: Histogram,
     starts: Family<Outcome, Counter>,
@@ -49,6 +50,7 @@ impl Metrics {
             pods_created: Counter::default(),
             pods_deleted: Family::default(),
             hand_overs: Family::default(),
+            id_tokens: Family::default(),
             proofs: Family::default(),
             proof_seconds: Histogram::new([0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0]),
             starts: Family::default(),
@@ -62,6 +64,7 @@ impl Metrics {
         registry.register("pods_created", "Runner pods created", metrics.pods_created.clone());
         registry.register("pods_deleted", "Runner pods deleted", metrics.pods_deleted.clone());
         registry.register("hand_overs", "Answers to gates", metrics.hand_overs.clone());
+        registry.register("id_tokens", "Answers to gates that ask for OIDC tokens of their jobs", metrics.id_tokens.clone());
         registry.register("proofs", "Reports of gates on their pod's isolation", metrics.proofs.clone());
         registry.register("proof_seconds", "How long the rounds of a proof took", metrics.proof_seconds.clone());
         registry.register(
@@ -104,6 +107,10 @@ impl Metrics {
 
     pub(crate) fn hand_over(&self, outcome: &'static str) {
         self.hand_overs.get_or_create(&Outcome { outcome }).inc();
+    }
+
+    pub(crate) fn id_token(&self, outcome: &'static str) {
+        self.id_tokens.get_or_create(&Outcome { outcome }).inc();
     }
 
     pub(crate) fn proof(&self, outcome: &'static str, took_ms: u32) {

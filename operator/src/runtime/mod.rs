@@ -28,6 +28,7 @@ use tokio_util::task::TaskTracker;
 use crate::cli::Settings;
 use crate::forge::http_client;
 use crate::isolation::{Controls, Names, no_forge_at};
+use crate::issuer::Issuer;
 use crate::kube_io::{KubeIo, connect};
 use crate::pool::{self, Context, Deaf, Pools};
 use crate::runner::tls::{self, GateTls};
@@ -61,6 +62,10 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
             access.ca = broker_tls.authority;
         }
     }
+    let issuer = match &settings.identity {
+        Some((url, secret)) => Some(Arc::new(Issuer::open(io.clone(), &namespace, secret, url).await?)),
+        None => None,
+    };
     health.done("certificate");
 
     let (registry, wakes) = Pools::new();
@@ -88,6 +93,7 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
         quotas: stores.quotas.clone(),
         api_endpoints: stores.api_endpoints.clone(),
         controls: Controls::default(),
+        issuer: issuer.clone(),
         names: Names::default(),
         tasks: TaskTracker::new(),
         settings,
@@ -108,7 +114,13 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
             tokio::select! { () = announce => {}, () = until.cancelled() => {} }
         });
     }
-    serve_plain(&mut parts, "webhooks", ctx.settings.webhook_address, pool::hints::router(ctx.clone()), &stop);
+    let mut open = pool::hints::router(ctx.clone());
+    if let Some(issuer) = issuer {
+        open = open.merge(issuer.router());
+        let until = stop.clone();
+        ctx.tasks.spawn(async move { issuer.keep_fresh(&until).await });
+    }
+    serve_plain(&mut parts, "webhooks", ctx.settings.webhook_address, open, &stop);
 
     let (controller_ctx, token, gate) = (ctx.clone(), stop.clone(), health.clone());
     parts.spawn(async move {

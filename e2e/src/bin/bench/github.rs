@@ -46,7 +46,7 @@ pub(crate) async fn credentials(quick: bool, figures: &mut Figures) -> Result<()
     let store = store::start(&stage.world).await?;
     let egress = store.egress(&stage.world)?;
     stage.pool(|pool| pool["spec"]["isolation"] = json!({"egress": egress})).await?;
-    store.bind(&stage.world, &stage.organization, (&stage.namespace, POOL), |_| {}).await?;
+    store.bind(&stage.world, (&store.github, stage.organization.repository_id), (&stage.namespace, POOL), |_| {}).await?;
     let job = || json!({"permissions": {"id-token": "write"}, "steps": [{"run": "true"}]});
     // The first one has the broker and the store look up the issuer.
     stage.succeeds(stage.push_job("ci.yml", job()).await?).await?;

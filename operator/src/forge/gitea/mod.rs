@@ -5,6 +5,8 @@
 
 mod wire;
 
+use std::collections::BTreeMap;
+
 use async_trait::async_trait;
 use futures::{StreamExt, TryStreamExt, stream};
 use reqwest::{Method, StatusCode};
@@ -182,6 +184,27 @@ impl Forge for Gitea {
             None => Some(false),
         };
         Ok(Run { event: run.event, workflow, git_ref, fork, public: None })
+    }
+
+    async fn claims(&self, job: &Job) -> Result<BTreeMap<String, String>, ForgeError> {
+        let (repository, id) = (&job.key.repository, &job.key.id);
+        let run = format!("/repos/{repository}/actions/runs/{}", job.run);
+        let run: wire::Run = self.rest(Method::GET, &run, "the workflow run").await?;
+        let task: wire::Attempt = self.rest(Method::GET, &format!("/repos/{repository}/actions/jobs/{id}"), "the job").await?;
+        let branch = wire::split_path(&run.path).1.strip_prefix("refs/heads/").map(str::to_owned);
+        let protected = match branch {
+            None => None,
+            Some(branch) => {
+                let mut url = reqwest::Url::parse("http://x/").map_err(|error| ForgeError::Unexpected(error.to_string()))?;
+                url.path_segments_mut().map_err(|()| ForgeError::Unexpected("a branch".to_owned()))?.extend(branch.split('/'));
+                match self.rest::<wire::Protection>(Method::GET, &format!("/repos/{repository}/branches{}", url.path()), "the branch").await {
+                    Ok(branch) => Some(branch.protected),
+                    Err(ForgeError::NotFound { .. }) => None,
+                    Err(error) => return Err(error),
+                }
+            }
+        };
+        run.claims(repository, job.run, id, task.run_attempt, protected)
     }
 
     fn reach(&self, job: &Job) -> Reach {

@@ -1,8 +1,10 @@
 //! Gitea's JSON, as far as Mayfly reads it, and what becomes of it.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
-use super::super::{self as forge, JobKey, JobState, Repository};
+use super::super::{self as forge, ForgeError, JobId, JobKey, JobState, Repository};
 
 #[derive(Deserialize)]
 pub(super) struct Jobs {
@@ -71,6 +73,93 @@ pub(super) struct Run {
     pub(super) event: String,
     #[serde(default)]
     pub(super) path: String,
+    #[serde(default)]
+    head_sha: String,
+    #[serde(default)]
+    run_number: u64,
+    actor: Option<Person>,
+    repository: Option<RunRepository>,
+}
+
+#[derive(Deserialize)]
+struct Person {
+    #[serde(default)]
+    id: i64,
+    #[serde(default)]
+    login: String,
+}
+
+#[derive(Deserialize)]
+struct RunRepository {
+    #[serde(default)]
+    id: i64,
+    #[serde(default)]
+    full_name: String,
+    private: Option<bool>,
+    owner: Option<Person>,
+}
+
+/// Which attempt at a job it is.
+#[derive(Deserialize)]
+pub(super) struct Attempt {
+    #[serde(default)]
+    pub(super) run_attempt: u64,
+}
+
+/// Whether pushes to a branch are restricted.
+#[derive(Deserialize)]
+pub(super) struct Protection {
+    #[serde(default)]
+    pub(super) protected: bool,
+}
+
+impl Run {
+    /// What a token about a job of this run says, by GitHub's names. What the forge does not tell is left out; without what tells one
+    /// repository and one job from all others there is nothing.
+    pub(super) fn claims(
+        self,
+        repository: &Repository,
+        run: u64,
+        job: &JobId,
+        attempt: u64,
+        protected: Option<bool>,
+    ) -> Result<BTreeMap<String, String>, ForgeError> {
+        let unexpected = |what: &str| ForgeError::Unexpected(format!("the workflow run: {what}"));
+        let own = self.repository.filter(|own| own.id > 0).ok_or_else(|| unexpected("its repository has no number"))?;
+        if !own.full_name.eq_ignore_ascii_case(repository.as_str()) {
+            return Err(unexpected("it is of another repository"));
+        }
+        let owner = own.owner.filter(|owner| owner.id > 0).ok_or_else(|| unexpected("its repository has no owner"))?;
+        let (_, git_ref) = split_path(&self.path);
+        let kind = match git_ref.strip_prefix("refs/tags/") {
+            Some(_) => "tag",
+            None => "branch",
+        };
+        let visibility = own.private.map(|private| if private { "private" } else { "public" });
+        let actor = self.actor.filter(|actor| actor.id > 0);
+        let number = |number: u64| Some(number).filter(|number| *number > 0).map(|number| number.to_string());
+        let all = [
+            ("repository", Some(repository.to_string())),
+            ("repository_id", Some(own.id.to_string())),
+            ("repository_owner", Some(repository.owner().to_owned())),
+            ("repository_owner_id", Some(owner.id.to_string())),
+            ("repository_visibility", visibility.map(str::to_owned)),
+            ("run_id", number(run)),
+            ("run_number", number(self.run_number)),
+            ("run_attempt", number(attempt)),
+            ("check_run_id", Some(job.to_string())),
+            ("event_name", Some(self.event)),
+            ("workflow_ref", Some(format!("{repository}/{}", self.path))),
+            ("ref", Some(git_ref)),
+            ("ref_type", Some(kind.to_owned())),
+            ("ref_protected", protected.map(|protected| protected.to_string())),
+            ("sha", Some(self.head_sha)),
+            ("actor_id", actor.as_ref().map(|actor| actor.id.to_string())),
+            ("actor", actor.map(|actor| actor.login)),
+            ("runner_environment", Some("self-hosted".to_owned())),
+        ];
+        Ok(all.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value.filter(|value| !value.is_empty())?))).collect())
+    }
 }
 
 /// `ci.yml@refs/heads/main` into file and ref.
@@ -288,6 +377,50 @@ mod tests {
         assert_eq!(fork(r#"{"head":{"repo_id":1},"base":{"repo_id":1}}"#), Some(false));
         assert_eq!(fork(r#"{"head":{"repo_id":0},"base":{"repo_id":1}}"#), None);
         assert_eq!(fork(r#"{"head":null,"base":{"repo_id":1}}"#), None);
+    }
+
+    #[test]
+    fn what_a_token_says_is_what_the_forge_told() {
+        let run = |repository: &str| {
+            let text = format!(
+                r#"{{"event":"push","path":"ci.yml@refs/heads/main","head_sha":"abc","run_number":3,"actor":{{"id":2,"login":"ann"}},
+                "repository":{repository}}}"#
+            );
+            serde_json::from_str::<Run>(&text).expect("valid")
+        };
+        let (web, job) = (Repository::parse("acme/web").expect("a repository"), JobId::from(7));
+        let claims = |repository: &str| run(repository).claims(&web, 900, &job, 1, Some(true));
+        let told = claims(r#"{"id":42,"full_name":"acme/web","private":true,"owner":{"id":5,"login":"acme"}}"#).expect("claims");
+        let expected = [
+            ("actor", "ann"),
+            ("actor_id", "2"),
+            ("check_run_id", "7"),
+            ("event_name", "push"),
+            ("ref", "refs/heads/main"),
+            ("ref_protected", "true"),
+            ("ref_type", "branch"),
+            ("repository", "acme/web"),
+            ("repository_id", "42"),
+            ("repository_owner", "acme"),
+            ("repository_owner_id", "5"),
+            ("repository_visibility", "private"),
+            ("run_attempt", "1"),
+            ("run_id", "900"),
+            ("run_number", "3"),
+            ("runner_environment", "self-hosted"),
+            ("sha", "abc"),
+            ("workflow_ref", "acme/web/ci.yml@refs/heads/main"),
+        ];
+        assert_eq!(told.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect::<Vec<_>>(), expected);
+        for bad in [
+            "null",
+            "{}",
+            r#"{"id":42,"full_name":"acme/web"}"#,
+            r#"{"id":42,"full_name":"acme/web","owner":{"id":0}}"#,
+            r#"{"id":42,"full_name":"acme/other","owner":{"id":5}}"#,
+        ] {
+            assert!(claims(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -64,6 +64,7 @@ pub(in crate::pool) fn context(server: &Server, pods: &[Pod]) -> Arc<Context> {
         quotas: reflector::store().0,
         api_endpoints: reflector::store().0,
         controls: Controls::default(),
+        issuer: None,
         names: Names::default(),
         tasks: TaskTracker::new(),
     })
