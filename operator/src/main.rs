@@ -36,6 +36,7 @@ async fn main() -> Result<()> {
             runtime::run_broker(args.settings()?).await
         }
         Command::Audit(command) => cli::audit(command),
+        Command::Explain(args) => runtime::run_explain(args).await,
         Command::Crd => cli::print_crds(),
         Command::ClusterDenial { dialect } => cli::print_cluster_denial(dialect),
         Command::Completions { shell } => {

@@ -44,6 +44,8 @@ pub(crate) enum Command {
     /// Read audit records.
     #[command(subcommand)]
     Audit(AuditCommand),
+    /// Say which of the pods that run now may use a CredentialBinding, which may not, and why.
+    Explain(ExplainArgs),
     /// Print the CustomResourceDefinitions as YAML.
     Crd,
     /// Print the denial of metadata endpoints for all runner pods, as an object of cluster scope. The chart applies it.
@@ -56,6 +58,19 @@ pub(crate) enum Command {
         /// The shell.
         shell: Shell,
     },
+}
+
+/// With the rights of the kubeconfig: CredentialBindings, pods and events of the namespace are read.
+#[derive(Args)]
+pub(crate) struct ExplainArgs {
+    /// Name of the CredentialBinding.
+    pub(crate) binding: String,
+    /// Its namespace [default: the kubeconfig's].
+    #[arg(long, short)]
+    pub(crate) namespace: Option<String>,
+    /// Only this runner pod.
+    #[arg(long)]
+    pub(crate) pod: Option<String>,
 }
 
 #[derive(Subcommand)]

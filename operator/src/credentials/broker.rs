@@ -158,6 +158,19 @@ async fn bindings(State(broker): State<Arc<Broker>>, headers: HeaderMap, RawQuer
     }
 }
 
+/// What is known of a pod; `owns` says whether the pool that it names is there and owns it.
+pub(crate) fn pod_facts(pod: &Pod, owns: impl Fn(&str) -> bool) -> PodFacts {
+    let runs = pod.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Running");
+    PodFacts {
+        namespace: pod.namespace().unwrap_or_default(),
+        name: pod.name_any(),
+        uid: pod.uid().unwrap_or_default(),
+        pool: pod.labels().get(LABEL_POOL).filter(|pool| owns(pool)).cloned(),
+        running: runs && matches!(phase(pod), Phase::Alive { .. }),
+        job_claims: pod.annotations().get(ANNOTATION_JOB_CLAIMS).cloned(),
+    }
+}
+
 fn outcome(denial: &Denial) -> &'static str {
     match (denial.alarm, denial.public) {
         (true, _) => "alarm",
@@ -268,20 +281,7 @@ impl Broker {
     /// The pod as the watch knows it.
     fn pod(&self, identity: &PodIdentity) -> Option<PodFacts> {
         let pod = self.known.pods.get(&ObjectRef::<Pod>::new(&identity.name).within(&identity.namespace))?;
-        Some(self.facts(&pod))
-    }
-
-    fn facts(&self, pod: &Pod) -> PodFacts {
-        let namespace = pod.namespace().unwrap_or_default();
-        let runs = pod.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Running");
-        PodFacts {
-            name: pod.name_any(),
-            uid: pod.uid().unwrap_or_default(),
-            pool: pod.labels().get(LABEL_POOL).filter(|pool| self.owns(&namespace, pool, pod)).cloned(),
-            running: runs && matches!(phase(pod), Phase::Alive { .. }),
-            job_claims: pod.annotations().get(ANNOTATION_JOB_CLAIMS).cloned(),
-            namespace,
-        }
+        Some(pod_facts(&pod, |pool| self.owns(&identity.namespace, pool, &pod)))
     }
 
     /// A label anybody could have written; an owner by UID is the pool that is there.

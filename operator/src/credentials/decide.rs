@@ -190,7 +190,7 @@ pub(crate) fn offers<'a>(
     Ok(sound)
 }
 
-fn living_pod<'a>(presenter: Presenter<'_>, pod: Option<&'a PodFacts>) -> Result<(&'a PodFacts, &'a str), Denial> {
+pub(super) fn living_pod<'a>(presenter: Presenter<'_>, pod: Option<&'a PodFacts>) -> Result<(&'a PodFacts, &'a str), Denial> {
     let refuse = |reason: &str| Denial::new(Check::Pod, Public::InvalidClient, reason);
     let pod = pod.ok_or_else(|| refuse("no runner pod of this name is known"))?;
     if pod.uid != presenter.uid || pod.uid.is_empty() {
@@ -207,7 +207,7 @@ fn living_pod<'a>(presenter: Presenter<'_>, pod: Option<&'a PodFacts>) -> Result
 }
 
 /// What the controller wrote down about the pod's job.
-fn job_claims(pod: &PodFacts) -> Result<BTreeMap<String, String>, Denial> {
+pub(super) fn job_claims(pod: &PodFacts) -> Result<BTreeMap<String, String>, Denial> {
     let wait = |reason: &str| Denial::new(Check::Job, Public::TemporarilyUnavailable, reason);
     let refuse = |reason: &str| Denial::new(Check::Job, Public::InvalidTarget, reason);
     let text = pod.job_claims.as_deref().ok_or_else(|| wait("it is not known yet which job the pod runs"))?;

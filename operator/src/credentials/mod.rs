@@ -5,6 +5,7 @@
 
 mod broker;
 mod decide;
+mod explain;
 mod http;
 mod issuers;
 mod json;
@@ -17,7 +18,8 @@ mod status;
 mod token;
 mod wire;
 
-pub(crate) use broker::{Broker, Guarded, Known, Parts, router};
+pub(crate) use broker::{Broker, Guarded, Known, Parts, pod_facts, router};
+pub(crate) use explain::explain;
 pub(crate) use http::{Http, no_server_at};
 pub(crate) use issuers::{Issuer, IssuerConfig, Issuers, Rhythm};
 pub(crate) use providers::Providers;

@@ -3,6 +3,7 @@
 mod bindings;
 mod broker;
 mod dialects;
+mod explain;
 pub(crate) mod health;
 pub(crate) mod metrics;
 mod refusals;
@@ -35,6 +36,7 @@ use crate::runner::tls::{self, GateTls};
 use crate::runner::{handoff, sessions};
 
 pub(crate) use broker::run_broker;
+pub(crate) use explain::run_explain;
 
 /// How long open requests and passes may take to end.
 const GRACE: Duration = Duration::from_secs(8);
