@@ -1,10 +1,14 @@
 //! A job of the simulated GitHub becomes an identity of a real STS, from its pod alone. Its client is AWS's own SDK for Python.
 
 use anyhow::{Context, Result, ensure};
-use k8s_openapi::api::core::v1::Pod;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use k8s_openapi::api::core::v1::{Pod, ServiceAccount};
 use kube::Api;
-use kube::api::{ListParams, LogParams};
-use mayfly_cluster::command::run;
+use kube::api::{ListParams, LogParams, PostParams};
+use mayfly_cluster::World as Place;
+use mayfly_cluster::command::{output, run};
+use mayfly_crds::names::ANNOTATION_JOB_CLAIMS;
 use mayfly_e2e::github::Stage;
 use mayfly_e2e::stage::{PATIENCE, POOL, alone, turn};
 use mayfly_e2e::store::{self, Store};
@@ -117,18 +121,14 @@ async fn jobs_without_a_binding_or_the_permission_get_nothing_and_run() -> Resul
     stage.strike().await
 }
 
-/// One job publishes its right to ask for OIDC tokens while it runs. Another pod of the same pool hands it to its own gate, and shows a
-/// token made with it to the broker.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_token_is_worth_nothing_outside_of_its_pod() -> Result<()> {
-    let _turn = turn().await;
-    let (stage, store) = set("stolen").await?;
-    bind(&stage, &store, |_| {}).await?;
-    let publish = "printf '%s\\n%s\\n' \"$ACTIONS_ID_TOKEN_REQUEST_URL\" \"$ACTIONS_ID_TOKEN_REQUEST_TOKEN\" | base64 -w0 | sed 's/^/loot: /'; \
-                   echo; for i in $(seq 100); do [ -e ~/over ] && break; sleep 1; done";
-    let victim = stage.push_job("victim.yml", job(&store, publish)).await?;
-    let loot = eventually("the loot", PATIENCE, || async {
-        let jobs = stage.organization.simulator.jobs(victim).await?;
+/// A job's script that publishes its right to ask for OIDC tokens, and goes on.
+const PUBLISH: &str = "printf '%s\\n%s\\n' \"$ACTIONS_ID_TOKEN_REQUEST_URL\" \"$ACTIONS_ID_TOKEN_REQUEST_TOKEN\" | base64 -w0 | sed 's/^/loot: /'; \
+                       echo; for i in $(seq 100); do [ -e ~/over ] && break; sleep 1; done";
+
+/// What such a job published: two lines, the URL and the token.
+async fn loot(stage: &Stage, run: i64) -> Result<String> {
+    let text = eventually("the loot", PATIENCE, || async {
+        let jobs = stage.organization.simulator.jobs(run).await?;
         let id = jobs.first().context("a job")?.id;
         let log = stage.organization.simulator.job(id).await?.log;
         // Behind the time, and not in the script, which is told as well.
@@ -136,6 +136,18 @@ async fn a_token_is_worth_nothing_outside_of_its_pod() -> Result<()> {
         Ok(said.filter_map(|(_, text)| text.strip_prefix("loot: ")).map(str::to_owned).next())
     })
     .await?;
+    Ok(String::from_utf8(STANDARD.decode(text.trim())?)?)
+}
+
+/// One job publishes its right to ask for OIDC tokens while it runs. Another pod of the same pool hands it to its own gate, and shows a
+/// token made with it to the broker.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_is_worth_nothing_outside_of_its_pod() -> Result<()> {
+    let _turn = turn().await;
+    let (stage, store) = set("stolen").await?;
+    bind(&stage, &store, |_| {}).await?;
+    let victim = stage.push_job("victim.yml", job(&store, PUBLISH)).await?;
+    let loot = STANDARD.encode(loot(&stage, victim).await?);
     let (audience, binding) = (store.github.audience, Store::BINDING);
     let steal = format!(
         r#"cd /run/mayfly
@@ -233,6 +245,106 @@ END
         ensure!(log.contains(line), "{line:?} is not in the log:\n{log}");
     }
     stage.strike().await
+}
+
+/// Two brokers, a hundred requests at once at each: the job's own pod gets its credential from both, another pod with the same token from
+/// none, and after the job nobody gets anything. The tokens are real: of the forge's issuer, and of the API server for each pod.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_is_one_pods_alone_on_every_replica() -> Result<()> {
+    let _alone = alone().await;
+    let (stage, store) = set("replicas").await?;
+    bind(&stage, &store, |_| {}).await?;
+    replicas(&stage, 2).await?;
+    let tried = on_two_replicas(&stage, &store).await;
+    replicas(&stage, 1).await?;
+    tried?;
+    stage.strike().await
+}
+
+async fn on_two_replicas(stage: &Stage, store: &Store) -> Result<()> {
+    let victim = stage.push_job("victim.yml", job(store, PUBLISH)).await?;
+    stage.runs(victim).await?;
+    let own = running_pod(stage, &[]).await?;
+    let other = stage.push("other.yml", "for i in $(seq 100); do [ -e ~/over ] && break; sleep 1; done").await?;
+    stage.runs(other).await?;
+    let stranger = running_pod(stage, &[&own]).await?;
+
+    let loot = loot(stage, victim).await?;
+    let (url, right) = loot.split_once('\n').context("a URL and a token")?;
+    let curl = ["curl", "--silent", "--insecure", "--noproxy", "*", "-H", &format!("Authorization: Bearer {}", right.trim())];
+    let mut ask = stage.world.cluster.command_in(Place::Node, curl);
+    let told: Value = serde_json::from_str(&output(ask.arg(format!("{url}&audience={}", store.github.audience)))?)?;
+    let token = told["value"].as_str().context("a token of the job")?;
+
+    let brokers = addresses(stage).await?;
+    ensure!(brokers.len() == 2, "{brokers:?}");
+    let shown = async |pod: &str| post(stage, &brokers, token, &pod_token(stage, pod).await?);
+    let (mine, theirs) = (shown(&own).await?, shown(&stranger).await?);
+    ensure!(mine.iter().all(|status| status == "200") && mine.len() == 200, "{mine:?}");
+    ensure!(theirs.iter().all(|status| status == "400") && theirs.len() == 200, "{theirs:?}");
+    let kept = pod_token(stage, &own).await?;
+    let records = records(stage).await?;
+    let alarms = records.iter().filter(|record| record["payload"]["denial"]["alarm"] == json!(true)).count();
+    ensure!(alarms == 200, "{alarms} alarms");
+    let granted = |record: &&Value| record["action"] == "credential.granted" && record["actor"]["name"] == json!(own);
+    ensure!(records.iter().filter(granted).count() >= 200, "what is given out is written down, each time");
+
+    stage.organization.simulator.cancel(victim).await?;
+    eventually("the job's pod is gone", PATIENCE, || async {
+        Ok((!stage.pods().await?.iter().any(|pod| pod.metadata.name.as_deref() == Some(&own))).then_some(()))
+    })
+    .await?;
+    let late = post(stage, &brokers, token, &kept)?;
+    ensure!(late.iter().all(|status| status == "401"), "{late:?}");
+    stage.organization.simulator.cancel(other).await
+}
+
+/// Has so many brokers run.
+async fn replicas(stage: &Stage, count: usize) -> Result<()> {
+    let deployment = "deployment/mayfly-broker";
+    run(stage.world.cluster.kubectl().args(["-n", SYSTEM, "scale", deployment, &format!("--replicas={count}")]))?;
+    run(stage.world.cluster.kubectl().args(["-n", SYSTEM, "rollout", "status", deployment, "--timeout=90s"]))?;
+    eventually(format!("{count} broker(s)"), PATIENCE, || async { Ok((addresses(stage).await?.len() == count).then_some(())) }).await
+}
+
+async fn addresses(stage: &Stage) -> Result<Vec<String>> {
+    let pods: Api<Pod> = Api::namespaced(stage.world.client.clone(), SYSTEM);
+    let found = pods.list(&ListParams::default().labels("app.kubernetes.io/component=broker")).await?.items;
+    Ok(found.into_iter().filter_map(|pod| pod.status?.pod_ip).collect())
+}
+
+/// A pod that runs a job, other than these.
+async fn running_pod(stage: &Stage, but: &[&str]) -> Result<String> {
+    eventually("a pod with a job that the broker can know", PATIENCE, || async {
+        let pods = stage.pods().await?.into_iter();
+        let marked = pods.filter(|pod| pod.metadata.annotations.iter().any(|marks| marks.contains_key(ANNOTATION_JOB_CLAIMS)));
+        Ok(marked.filter_map(|pod| pod.metadata.name).find(|name| !but.contains(&name.as_str())))
+    })
+    .await
+}
+
+/// A token of the pod for the broker, as its gate has one.
+async fn pod_token(stage: &Stage, pod: &str) -> Result<String> {
+    let found = stage.pods().await?.into_iter().find(|found| found.metadata.name.as_deref() == Some(pod)).context("the pod")?;
+    let bound = json!({"apiVersion": "v1", "kind": "Pod", "name": pod, "uid": found.metadata.uid});
+    let request = json!({"spec": {"audiences": ["broker.mayfly.dev"], "expirationSeconds": 600, "boundObjectRef": bound}});
+    let accounts: Api<ServiceAccount> = Api::namespaced(stage.world.client.clone(), &stage.namespace);
+    let made = accounts.create_token_request("mayfly-runner", &PostParams::default(), &serde_json::from_value(request)?).await?;
+    Ok(made.status.context("a token")?.token)
+}
+
+/// A hundred requests at once at each broker; the answers' status codes.
+fn post(stage: &Stage, brokers: &[String], token: &str, pod: &str) -> Result<Vec<String>> {
+    let kind = "urn:ietf:params:oauth:token-type:jwt";
+    let form = format!(
+        "grant_type=urn:ietf:params:oauth:grant-type:token-exchange&subject_token={token}&subject_token_type={kind}&actor_token={pod}&\
+         actor_token_type={kind}&resource={}",
+        Store::BINDING
+    );
+    let script = "for broker in \"$@\"; do seq 100 | xargs -P 50 -I{} curl --silent --insecure --noproxy '*' --output /dev/null \
+                  --write-out '%{http_code}\\n' --data \"$FORM\" \"https://$broker:8443/v1/token\" & done; wait";
+    let mut all = stage.world.cluster.command_in(Place::Node, ["bash", "-c", script, "post"]);
+    Ok(output(all.args(brokers).env("FORM", form))?.lines().map(str::to_owned).collect())
 }
 
 /// The broker is away: jobs go on without credentials, and are told.

@@ -3,11 +3,12 @@
 use anyhow::{Context, Result, ensure};
 use kube::Api;
 use mayfly_cluster::builder::RUNNER_WITH_BOTO3_IMAGE;
+use mayfly_cluster::command::output;
 use mayfly_crds::RunnerPool;
 use mayfly_crds::names::ANNOTATION_JOB_CLAIMS;
 use mayfly_e2e::stage::{POOL, Stage, said, workflow};
 use mayfly_e2e::store::{self, Store};
-use mayfly_e2e::world::SYSTEM;
+use mayfly_e2e::world::{SYSTEM, built};
 use mayfly_e2e::{ingress, pool};
 use serde_json::{Value, json};
 
@@ -136,6 +137,10 @@ async fn each_job_of_a_run_has_tokens_of_its_own() -> Result<()> {
     let (first, second) = (record(jobs[0].id).await?, record(jobs[1].id).await?);
     ensure!(first["run_id"] == second["run_id"] && first["check_run_id"] != second["check_run_id"], "{first} {second}");
     ensure!(first["iss"] == json!(ingress::issuer(&stage.world.access)?), "{first}");
+    let mut explain = std::process::Command::new(built()?.join("mayfly"));
+    explain.env("KUBECONFIG", stage.world.cluster.kubeconfig()).args(["explain", Store::BINDING, "--namespace", &stage.namespace]);
+    let explained = output(&mut explain)?;
+    ensure!(explained.matches("=> its job gets the credential").count() == 2, "{explained}");
     for (job, record) in jobs.iter().zip([first, second]) {
         let log = stage.succeeds("app", job.id).await?;
         let (id, run) = (record["check_run_id"].as_str().unwrap_or_default(), record["run_id"].as_str().unwrap_or_default());

@@ -73,7 +73,7 @@ impl HandedOver {
     }
 
     /// A token of the job for this audience. No error says anything of what was handed over.
-    pub(crate) fn token_for(&self, audience: &str) -> Result<String, String> {
+    pub(super) fn token_for(&self, audience: &str) -> Result<String, String> {
         #[derive(Deserialize)]
         struct Answer {
             value: String,

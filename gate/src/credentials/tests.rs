@@ -118,6 +118,7 @@ impl World {
                 .route("/v1/bindings", get(bindings))
                 .route("/v1/token", post(token))
                 .route("/v1/id-token", post(id_token))
+                .route("/token", get(self::forge))
                 .with_state(seen.clone());
             let server = axum_server::from_tcp_rustls(closed, tls).expect("a server");
             tokio::spawn(server.serve(router.into_make_service()));
@@ -134,6 +135,11 @@ impl World {
 
     /// Runs the hook of a job against a gate; returns what the hook said and set. The gate goes on serving.
     fn begin(&self) -> (String, String) {
+        self.begin_at(&format!("http://{}/token?v=1", self.forge))
+    }
+
+    /// The same, with tokens from this address.
+    fn begin_at(&self, tokens: &str) -> (String, String) {
         let counter = Counter::open(&self.folder).expect("a pipe");
         crate::tell(&self.folder.join("job"), b"job 7").expect("told");
         let settings = self.settings.clone();
@@ -141,7 +147,7 @@ impl World {
         let mut hook = Command::new("bash");
         hook.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../images/github-runner/mayfly-job-started"));
         hook.env("MAYFLY_JOB", self.folder.join("job")).env("GITHUB_ENV", self.folder.join("github-env"));
-        hook.env("ACTIONS_ID_TOKEN_REQUEST_URL", format!("http://{}/token?v=1", self.forge));
+        hook.env("ACTIONS_ID_TOKEN_REQUEST_URL", tokens);
         hook.env("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "hunter1").env_remove("AWS_REGION");
         let output = hook.stdout(Stdio::piped()).output().expect("bash");
         assert!(output.status.success());
@@ -193,6 +199,23 @@ fn a_job_gets_one_session_however_often_it_asks() {
     let exchange = asked.last().expect("an exchange");
     for part in ["subject_token=a.b.c", "actor_token=token-of-the-pod", "resource=deploy", "grant_type=urn%3Aietf%3Aparams%3Aoauth"] {
         assert!(exchange.contains(part), "{part} is not in {exchange}");
+    }
+    world.end();
+}
+
+#[test]
+fn a_forge_of_a_private_authority_is_known_by_it_and_by_no_other() {
+    let mut world = World::new("private");
+    let tokens = format!("{}/token?v=1", world.settings.broker_url);
+    world.settings.forge_ca = Some(world.settings.broker_ca.clone());
+    let (said, _) = world.begin_at(&tokens);
+    assert!(said.ends_with("Mayfly: AWS SDKs find the credentials of CredentialBinding deploy\n"), "{said}");
+    let other = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).expect("a certificate").cert.pem();
+    for authorities in [None, Some(other)] {
+        let identity = format!("{tokens}\nhunter1\n");
+        let read = HandedOver::read(identity.as_bytes(), authorities.as_deref().unwrap_or_default()).expect("an identity");
+        let error = read.token_for("deploy.example/x").expect_err("another authority's");
+        assert!(error.starts_with("the forge gives no token: ") && !error.contains("hunter1"), "{error}");
     }
     world.end();
 }
