@@ -170,7 +170,7 @@ async fn jobs_of_other_pools_get_no_tokens() -> Result<()> {
     stage.hook()?;
     let script = format!(
         r#"echo "found= $(env | grep -cE 'ACTIONS_ID_TOKEN|AWS_|MAYFLY_CREDENTIALS')"
-ls -A /run/mayfly | grep -c environment | sed 's/^/files= /'
+echo "files= $(ls -A /run/mayfly | grep -c environment)"
 python3 - <<'END'
 import ssl, urllib.error, urllib.request
 request = urllib.request.Request('https://mayfly-gate.{SYSTEM}.svc:8443/v1/id-token', b'{{"audience": "x"}}',
