@@ -16,9 +16,9 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 
+use crate::World;
 use crate::wait::eventually;
 use crate::world::{SYSTEM, built, host_beside_forge, host_of};
-use crate::World;
 
 /// What it is called among the programs of the outside world.
 const NAME: &str = "ingress";

@@ -11,8 +11,8 @@ use mayfly_cluster::images::Recipe;
 use mayfly_cluster::{Cluster, Progress, pki};
 use serde_json::json;
 
-use crate::{github, ingress};
 use crate::world::{SYSTEM, built, repository};
+use crate::{github, ingress};
 
 /// Registry part of the names of images that exist on the test node only.
 const REGISTRY: &str = "mayfly.test";

@@ -143,13 +143,7 @@ pub async fn start(world: &World) -> Result<Store> {
         arrange(world, &folder, &host, &github, &mayfly).await.context("the store does not get ready")?;
         write_file(&arranged, "")?;
     }
-    Ok(Store {
-        endpoint,
-        github,
-        mayfly,
-        bucket: BUCKET.to_owned(),
-        authority: pki::authority(layout)?,
-    })
+    Ok(Store { endpoint, github, mayfly, bucket: BUCKET.to_owned(), authority: pki::authority(layout)? })
 }
 
 /// Starts MinIO, and has its own client make bucket and policy. Nobody has the administrator's credentials afterwards.

@@ -1,13 +1,17 @@
 //! Mayfly as the OIDC issuer of jobs whose forge gives them no tokens: real Gitea, its own runner, a real STS, and AWS's own SDK for Python.
 
 use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::core::v1::Secret;
 use kube::Api;
+use kube::api::{Patch, PatchParams};
+use mayfly_cluster::World as Place;
 use mayfly_cluster::builder::RUNNER_WITH_BOTO3_IMAGE;
-use mayfly_cluster::command::output;
+use mayfly_cluster::command::{output, run};
 use mayfly_crds::RunnerPool;
 use mayfly_crds::names::ANNOTATION_JOB_CLAIMS;
-use mayfly_e2e::stage::{POOL, Stage, said, workflow};
+use mayfly_e2e::stage::{PATIENCE, POOL, Stage, said, workflow};
 use mayfly_e2e::store::{self, Store};
+use mayfly_e2e::wait::eventually;
 use mayfly_e2e::world::{SYSTEM, built};
 use mayfly_e2e::{ingress, pool};
 use serde_json::{Value, json};
@@ -80,9 +84,14 @@ END
     );
     let jobs = stage.push("app", &[("ci.yml", &workflow("push", &trusting(&store, &script)))], 1).await?;
     let log = stage.succeeds("app", jobs[0].id).await?;
-    for (key, value) in
-        [("keys=", "[]"), ("read=", "written by a job"), ("method=", "container-role"), ("process=", r#"{"AccessKeyI"#), ("wrong=", "401"), ("empty=", "400")]
-    {
+    for (key, value) in [
+        ("keys=", "[]"),
+        ("read=", "written by a job"),
+        ("method=", "container-role"),
+        ("process=", r#"{"AccessKeyI"#),
+        ("wrong=", "401"),
+        ("empty=", "400"),
+    ] {
         ensure!(said(&log, key) == Some(value), "{key} is not {value}:\n{log}");
     }
     ensure!(store.holds(&stage.world, key), "the object is there");
@@ -116,7 +125,8 @@ END
 async fn each_job_of_a_run_has_tokens_of_its_own() -> Result<()> {
     let (stage, store, _) = set("jobs", |_| {}).await?;
     bind(&stage, &store, "app", |_| {}).await?;
-    let tell = format!("python3 - <<'END'\n{ASK}\nown = claims(ask('x')[1])\nprint('job=', own['check_run_id'], own['run_id'])\nEND\nsleep 8");
+    let tell =
+        format!("python3 - <<'END'\n{ASK}\nown = claims(ask('x')[1])\nprint('job=', own['check_run_id'], own['run_id'])\nEND\nsleep 8");
     let both = json!({"on": "push", "jobs": {"job": {
         "runs-on": "linux", "strategy": {"matrix": {"n": [1, 2]}}, "steps": [{"run": tell}]}}});
     let jobs = stage.push("app", &[("ci.yml", &both.to_string())], 2).await?;
@@ -127,7 +137,8 @@ async fn each_job_of_a_run_has_tokens_of_its_own() -> Result<()> {
             let pod = stage
                 .a_pod("that is marked with its job's claims", |pod| {
                     let annotations = pod.metadata.annotations.clone().unwrap_or_default();
-                    annotations.get("mayfly.dev/job").is_some_and(|job| job.ends_with(&wanted)) && annotations.contains_key(ANNOTATION_JOB_CLAIMS)
+                    annotations.get("mayfly.dev/job").is_some_and(|job| job.ends_with(&wanted))
+                        && annotations.contains_key(ANNOTATION_JOB_CLAIMS)
                 })
                 .await?;
             let text = pod.metadata.annotations.unwrap_or_default()[ANNOTATION_JOB_CLAIMS].clone();
@@ -154,7 +165,9 @@ async fn each_job_of_a_run_has_tokens_of_its_own() -> Result<()> {
 async fn nobody_vouches_for_a_fork() -> Result<()> {
     let (stage, store, _) = set("vfork", |pool| pool["spec"]["jobs"] = json!({"forks": "Allow"})).await?;
     bind(&stage, &store, "app", |binding| binding["spec"]["subject"]["claims"]["event_name"] = json!({"exact": "pull_request"})).await?;
-    let script = format!("python3 - <<'END'\n{ASK}\nprint('answer=', *ask('x'))\nEND\ncurl -s -o /dev/null -w 'aws= %{{http_code}}\\n' -H \"Authorization: $AWS_CONTAINER_AUTHORIZATION_TOKEN\" $AWS_CONTAINER_CREDENTIALS_FULL_URI");
+    let script = format!(
+        "python3 - <<'END'\n{ASK}\nprint('answer=', *ask('x'))\nEND\ncurl -s -o /dev/null -w 'aws= %{{http_code}}\\n' -H \"Authorization: $AWS_CONTAINER_AUTHORIZATION_TOKEN\" $AWS_CONTAINER_CREDENTIALS_FULL_URI"
+    );
     let job = stage.fork_pull_request(&workflow("pull_request", &script)).await?;
     let log = stage.succeeds("app", job.id).await?;
     ensure!(said(&log, "answer=").is_some_and(|answer| answer.starts_with("403") && answer.contains("fork")), "{log}");
@@ -195,22 +208,62 @@ END
 async fn only_public_halves_of_the_keys_are_published() -> Result<()> {
     let stage = Stage::set("keys").await?;
     ingress::start(&stage.world).await?;
-    let secrets: Api<k8s_openapi::api::core::v1::Secret> = Api::namespaced(stage.world.client.clone(), SYSTEM);
-    let kept = secrets.get("mayfly-identity-keys").await?.data.unwrap_or_default();
-    let kept: Value = serde_json::from_slice(&kept.get("keys.json").context("the keys")?.0)?;
-    let pod = ["curl", "-sk", "--noproxy", "*", &format!("{}/.well-known/jwks", ingress::issuer(&stage.world.access)?)].map(str::to_owned);
-    let said = stage.world.unpoliced("keys", &[&["sh", "-c", "\"$@\"; echo; echo over", "sh"].map(str::to_owned)[..], &pod].concat(), "over").await?;
-    let published: Value = serde_json::from_str(said.lines().next().unwrap_or_default()).with_context(|| said.clone())?;
-    let keys = published["keys"].as_array().context("a key set")?;
-    ensure!(keys.len() == kept.as_array().map_or(0, Vec::len) && !keys.is_empty(), "{published}");
-    for key in keys {
+    let (kept, keys) = (kept_keys(&stage).await?, published_keys(&stage)?);
+    ensure!(keys.len() == kept.len() && !keys.is_empty(), "{keys:?}");
+    for key in &keys {
         let names: Vec<&String> = key.as_object().context("a key")?.keys().collect();
         ensure!(names == ["alg", "e", "kid", "kty", "n", "use"], "{names:?}");
     }
     // A pool that names it gets nothing: it does not allow its use.
-    stage.unready_pool(|pool| pool["spec"]["forge"]["gitea"]["tokenSecretRef"] = json!({"name": "mayfly-identity-keys", "key": "keys.json"})).await?;
+    stage
+        .unready_pool(|pool| pool["spec"]["forge"]["gitea"]["tokenSecretRef"] = json!({"name": "mayfly-identity-keys", "key": "keys.json"}))
+        .await?;
     pool::condition(&stage.world, &stage.namespace, POOL, "Ready", "False").await?;
     let told = stage.status().await?.conditions;
     ensure!(told.iter().any(|told| told.reason == "SecretNotAllowed"), "{told:?}");
     stage.strike().await
+}
+
+/// The key of a month ago goes on to sign until the new one, which is published at once, is known to everybody.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_is_renewed_before_its_month_is_over() -> Result<()> {
+    let stage = Stage::set_alone("renew").await?;
+    ingress::start(&stage.world).await?;
+    let mut kept = kept_keys(&stage).await?;
+    let old = kept.first().context("a key")?["kid"].clone();
+    kept.truncate(1);
+    kept[0]["made"] = json!("2026-01-01T00:00:00Z");
+    let patch = json!({"stringData": {"keys.json": Value::Array(kept).to_string()}});
+    secrets(&stage).patch(KEYS, &PatchParams::default(), &Patch::Merge(patch)).await?;
+    let deployment = "deployment/mayfly-controller";
+    run(stage.world.cluster.kubectl().args(["-n", SYSTEM, "rollout", "restart", deployment]))?;
+    run(stage.world.cluster.kubectl().args(["-n", SYSTEM, "rollout", "status", deployment, "--timeout=90s"]))?;
+    let published =
+        eventually("the next key is published", PATIENCE, || async { Ok(published_keys(&stage).ok().filter(|keys| keys.len() == 2)) })
+            .await?;
+    let kept = kept_keys(&stage).await?;
+    ensure!(kept.len() == 2 && kept[0]["kid"] == old && published[0]["kid"] == old, "{published:?}");
+    ensure!(kept[1]["kid"] == published[1]["kid"] && published[0]["n"] != published[1]["n"], "{published:?}");
+    stage.strike().await
+}
+
+/// Secret of the operator that keeps the keys.
+const KEYS: &str = "mayfly-identity-keys";
+
+fn secrets(stage: &Stage) -> Api<Secret> {
+    Api::namespaced(stage.world.client.clone(), SYSTEM)
+}
+
+async fn kept_keys(stage: &Stage) -> Result<Vec<Value>> {
+    let kept = secrets(stage).get(KEYS).await?.data.unwrap_or_default();
+    Ok(serde_json::from_slice(&kept.get("keys.json").context("the keys")?.0)?)
+}
+
+/// As whoever may ask is told.
+fn published_keys(stage: &Stage) -> Result<Vec<Value>> {
+    let keys = format!("http://{}/.well-known/jwks", ingress::webhook_service(&stage.world.cluster)?);
+    let told =
+        output(&mut stage.world.cluster.command_in(Place::Outside, ["curl", "-s", "--fail", "--noproxy", "*", "--max-time", "5", &keys]))?;
+    let told: Value = serde_json::from_str(&told)?;
+    told["keys"].as_array().cloned().context("a key set")
 }

@@ -19,7 +19,12 @@ use crate::packages;
 use crate::progress::Progress;
 
 /// Names of our own images, with the Go part each carries.
-pub const IMAGES: &[(&str, &str)] = &[("image-pause", "pause"), ("image-coredns", "coredns"), ("image-gitea-runner", "gitea-runner"), ("image-gitea-runner-with-boto3", "gitea-runner")];
+pub const IMAGES: &[(&str, &str)] = &[
+    ("image-pause", "pause"),
+    ("image-coredns", "coredns"),
+    ("image-gitea-runner", "gitea-runner"),
+    ("image-gitea-runner-with-boto3", "gitea-runner"),
+];
 
 /// The pods' sandbox image.
 pub const PAUSE_IMAGE: &str = "mayfly.test/pause:dev";
@@ -325,9 +330,8 @@ impl<'a> Lanes<'a> {
     fn images(&self) -> Result<()> {
         for (image, part) in IMAGES.iter().filter(|(image, _)| self.selection.has(image)) {
             let building = self.missing.iter().any(|(missing, _)| missing.name == *part);
-            let go_on = self.wait(|board| {
-                (!building || board.built.contains(part)) && (!takes_packages(image) || board.fetched.contains("packages"))
-            });
+            let go_on = self
+                .wait(|board| (!building || board.built.contains(part)) && (!takes_packages(image) || board.fetched.contains("packages")));
             if !go_on {
                 return Ok(());
             }

@@ -25,8 +25,8 @@ use std::sync::Arc;
 use clap::Args;
 use rustix::fs::Mode;
 
-use crate::pipe;
 use crate::operator::Client;
+use crate::pipe;
 use broker::Broker;
 pub(crate) use broker::Trouble;
 pub(crate) use desk::Desk;

@@ -29,7 +29,8 @@ pub(crate) fn explain(binding: &CredentialBinding, pods: &[PodFacts]) -> String 
     let spec = &binding.spec;
     let name = |name: &Option<String>| name.clone().unwrap_or_default();
     let mut text = format!("CredentialBinding {}/{}\n", name(&binding.metadata.namespace), name(&binding.metadata.name));
-    let mut about = vec![("pools", spec.pools.join(", ")), ("issuer", spec.token.issuer.clone()), ("audience", spec.token.audience.clone())];
+    let mut about =
+        vec![("pools", spec.pools.join(", ")), ("issuer", spec.token.issuer.clone()), ("audience", spec.token.audience.clone())];
     about.push(("gives", gives(spec)));
     let conditions = binding.status.iter().flat_map(|status| &status.conditions).filter(|told| told.status != "True");
     about.extend(conditions.map(|told| ("not ready", format!("{}: {}", told.reason, told.message))));
@@ -93,7 +94,9 @@ fn claims(spec: &CredentialBindingSpec, known: &BTreeMap<String, String>) -> Vec
     if !spec.subject.claims.contains_key(event) {
         let taken = DEFAULT_EVENTS.join(", ");
         rows.push(match known.get(event) {
-            Some(value) if DEFAULT_EVENTS.contains(&value.as_str()) => Row { what: event.to_owned(), answer: Answer::Yes, why: value.clone() },
+            Some(value) if DEFAULT_EVENTS.contains(&value.as_str()) => {
+                Row { what: event.to_owned(), answer: Answer::Yes, why: value.clone() }
+            }
             Some(value) if NEVER_EVENTS.contains(&value.as_str()) => {
                 Row { what: event.to_owned(), answer: Answer::No, why: format!("{value} is never taken") }
             }

@@ -119,7 +119,9 @@ impl Issuer {
             match renewed {
                 Ok(open) => *self.open.write().unwrap_or_else(PoisonError::into_inner) = open,
                 // There is a month's time.
-                Err(error) => tracing::error!(error = format!("{error:#}"), "the keys that tokens of jobs are signed with could not be renewed"),
+                Err(error) => {
+                    tracing::error!(error = format!("{error:#}"), "the keys that tokens of jobs are signed with could not be renewed")
+                }
             }
         }
     }

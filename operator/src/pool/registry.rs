@@ -469,8 +469,14 @@ mod tests {
         handle.registered("pod", RunnerKey { repository: None, id: 1 }, Secret::new("x"), Timestamp::UNIX_EPOCH);
         assert_eq!(handle.job_for_tokens("pod"), Err(NoJob::NotYet), "it has no job yet");
         let key = JobKey { repository: Repository::parse("acme/web").expect("a repository"), id: 7.into() };
-        let job =
-            Job { key: key.clone(), run: 900, state: crate::forge::JobState::InProgress, labels: Vec::new(), runner: None, runner_id: None };
+        let job = Job {
+            key: key.clone(),
+            run: 900,
+            state: crate::forge::JobState::InProgress,
+            labels: Vec::new(),
+            runner: None,
+            runner_id: None,
+        };
         let change = |change: &dyn Fn(&mut Registered)| change(handle.state().registered.get_mut("pod").expect("a runner"));
         change(&|runner| runner.job = Some((key.clone(), Timestamp::UNIX_EPOCH)));
         handle.state().running.insert(key.clone(), job);

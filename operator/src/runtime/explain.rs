@@ -37,7 +37,9 @@ pub(crate) async fn run_explain(args: ExplainArgs) -> Result<()> {
         ensure!(!pods.is_empty(), "there is no runner pod {namespace}/{name}: it goes with its job");
     }
     let mut text = explain(&binding, &pods);
-    text.push_str(&refusals(client, &namespace, &args.binding).await.unwrap_or_else(|error| format!("\nEvents cannot be listed: {error}\n")));
+    text.push_str(
+        &refusals(client, &namespace, &args.binding).await.unwrap_or_else(|error| format!("\nEvents cannot be listed: {error}\n")),
+    );
     std::io::stdout().write_all(text.as_bytes())?;
     Ok(())
 }

@@ -197,7 +197,8 @@ impl Forge for Gitea {
             Some(branch) => {
                 let mut url = reqwest::Url::parse("http://x/").map_err(|error| ForgeError::Unexpected(error.to_string()))?;
                 url.path_segments_mut().map_err(|()| ForgeError::Unexpected("a branch".to_owned()))?.extend(branch.split('/'));
-                match self.rest::<wire::Protection>(Method::GET, &format!("/repos/{repository}/branches{}", url.path()), "the branch").await {
+                match self.rest::<wire::Protection>(Method::GET, &format!("/repos/{repository}/branches{}", url.path()), "the branch").await
+                {
                     Ok(branch) => Some(branch.protected),
                     Err(ForgeError::NotFound { .. }) => None,
                     Err(error) => return Err(error),
