@@ -8,7 +8,7 @@ use kube::Api;
 use kube::api::{ListParams, LogParams, PostParams};
 use mayfly_cluster::World as Place;
 use mayfly_cluster::command::{output, run};
-use mayfly_crds::names::ANNOTATION_JOB_CLAIMS;
+use mayfly_crds::names::{ANNOTATION_JOB_CLAIMS, BROKER_AUDIENCE, RUNNER_SERVICE_ACCOUNT};
 use mayfly_e2e::github::Stage;
 use mayfly_e2e::stage::{PATIENCE, POOL, alone, turn};
 use mayfly_e2e::store::{self, Store};
@@ -327,9 +327,9 @@ async fn running_pod(stage: &Stage, but: &[&str]) -> Result<String> {
 async fn pod_token(stage: &Stage, pod: &str) -> Result<String> {
     let found = stage.pods().await?.into_iter().find(|found| found.metadata.name.as_deref() == Some(pod)).context("the pod")?;
     let bound = json!({"apiVersion": "v1", "kind": "Pod", "name": pod, "uid": found.metadata.uid});
-    let request = json!({"spec": {"audiences": ["broker.mayfly.dev"], "expirationSeconds": 600, "boundObjectRef": bound}});
+    let request = json!({"spec": {"audiences": [BROKER_AUDIENCE], "expirationSeconds": 600, "boundObjectRef": bound}});
     let accounts: Api<ServiceAccount> = Api::namespaced(stage.world.client.clone(), &stage.namespace);
-    let made = accounts.create_token_request("mayfly-runner", &PostParams::default(), &serde_json::from_value(request)?).await?;
+    let made = accounts.create_token_request(RUNNER_SERVICE_ACCOUNT, &PostParams::default(), &serde_json::from_value(request)?).await?;
     Ok(made.status.context("a token")?.token)
 }
 

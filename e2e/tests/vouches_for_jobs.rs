@@ -8,7 +8,7 @@ use mayfly_cluster::World as Place;
 use mayfly_cluster::builder::RUNNER_WITH_BOTO3_IMAGE;
 use mayfly_cluster::command::{output, run};
 use mayfly_crds::RunnerPool;
-use mayfly_crds::names::ANNOTATION_JOB_CLAIMS;
+use mayfly_crds::names::{ANNOTATION_JOB, ANNOTATION_JOB_CLAIMS};
 use mayfly_e2e::stage::{PATIENCE, POOL, Stage, said, workflow};
 use mayfly_e2e::store::{self, Store};
 use mayfly_e2e::wait::eventually;
@@ -137,7 +137,7 @@ async fn each_job_of_a_run_has_tokens_of_its_own() -> Result<()> {
             let pod = stage
                 .a_pod("that is marked with its job's claims", |pod| {
                     let annotations = pod.metadata.annotations.clone().unwrap_or_default();
-                    annotations.get("mayfly.dev/job").is_some_and(|job| job.ends_with(&wanted))
+                    annotations.get(ANNOTATION_JOB).is_some_and(|job| job.ends_with(&wanted))
                         && annotations.contains_key(ANNOTATION_JOB_CLAIMS)
                 })
                 .await?;
