@@ -49,7 +49,7 @@ fi
 # What only a cluster of this machine has: programs outside and on its node, the API server's log.
 local_only="metadata_is_unreachable service_redirect_is_blocked no_leak_at_start a_stray_policy_cannot_undo host_names_open_what
   a_killed_runner_leaves_nothing the_operator_has_the_permissions the_gates_token_is_none serves_github
-  uses_credentials vouches_for_jobs
+  keeps_records uses_clouds uses_credentials vouches_for_jobs
   connections_that_died"
 skips=(--skip without_engine::)
 if ! "$bin/cluster" env | grep -q "MAYFLY_E2E_CLUSTER='local'"; then

@@ -30,6 +30,9 @@ pub const JOB_IDENTITY: &str = "JobIdentity";
 /// The binding's issuer is one of those in the operator's configuration.
 pub const ISSUER_TRUSTED: &str = "IssuerTrusted";
 
+/// The key that the binding's credentials are signed with is where nobody can copy it.
+pub const KEY_PROTECTED: &str = "KeyProtected";
+
 /// Reasons, each used with one or more of the condition types.
 pub mod reasons {
     /// All is as it should be.
@@ -76,6 +79,10 @@ pub mod reasons {
     pub const ENGINE_CANNOT: &str = "EngineCannot";
     /// The issuer is not in the operator's configuration.
     pub const ISSUER_NOT_TRUSTED: &str = "IssuerNotTrusted";
+    /// The broker can sign for no GitHub App of that client ID.
+    pub const APP_NOT_CONFIGURED: &str = "AppNotConfigured";
+    /// A private key is kept in a Secret.
+    pub const KEY_IN_SECRET: &str = "KeyInSecret";
     /// The operator has no address as an issuer.
     pub const NO_ISSUER: &str = "NoIssuer";
     /// Mayfly vouches for the pool's jobs, and their forge does not.

@@ -38,10 +38,14 @@ pub const LIFETIME_MAX: u32 = 43_200;
     validation = Rule::new("!has(self.spec.provider.aws) || !has(self.spec.provider.aws.durationSeconds) || \
         self.spec.provider.aws.durationSeconds <= self.spec.lifetimeSeconds")
         .message("provider.aws.durationSeconds cannot be more than lifetimeSeconds"),
+    validation = Rule::new("!has(self.spec.provider.azure) || self.spec.lifetimeSeconds >= 5400")
+        .message("Azure decides how long its tokens live, up to 5400 seconds: lifetimeSeconds has to allow for that"),
+    validation = Rule::new("!has(self.spec.provider.githubApp) || self.spec.lifetimeSeconds >= 3600")
+        .message("GitHub's tokens of an installation live 3600 seconds unless they are revoked: lifetimeSeconds has to allow for that"),
     printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type=='Ready')].status"),
     printcolumn(name = "Issuer", type_ = "string", json_path = ".spec.token.issuer"),
     printcolumn(name = "Audience", type_ = "string", json_path = ".spec.token.audience", priority = "1"),
-    printcolumn(name = "Role", type_ = "string", json_path = ".spec.provider.aws.roleArn"),
+    printcolumn(name = "Identity", type_ = "string", json_path = ".status.identity"),
     printcolumn(name = "Production", type_ = "boolean", json_path = ".spec.production"),
     printcolumn(name = "Message", type_ = "string", json_path = ".status.conditions[?(@.type=='Ready')].message", priority = "1"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
@@ -143,11 +147,25 @@ pub struct Matcher {
 /// Exactly one member says what the job gets.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = Rule::new("has(self.aws) != has(self.audienceToken)").message("name exactly one provider: aws or audienceToken"))]
+#[x_kube(validation = Rule::new("[has(self.aws), has(self.google), has(self.azure), has(self.vault), has(self.githubApp), \
+    has(self.audienceToken)].filter(x, x).size() == 1")
+    .message("name exactly one provider: aws, google, azure, vault, githubApp or audienceToken"))]
 pub struct Provider {
     /// A session of an AWS role, by `AssumeRoleWithWebIdentity`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub aws: Option<Aws>,
+    /// An access token of Google Cloud, by Workload Identity Federation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub google: Option<Google>,
+    /// An access token of Microsoft Entra, by a federated identity credential.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub azure: Option<Azure>,
+    /// A token of HashiCorp Vault or OpenBao, by its JWT auth method. It is revoked when the job's pod ends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vault: Option<Vault>,
+    /// A token of a GitHub App's installation, for some repositories and permissions. It is revoked when the job's pod ends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub github_app: Option<Installation>,
     /// The token itself, for anything that takes one. Nothing is exchanged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub audience_token: Option<AudienceToken>,
@@ -184,6 +202,193 @@ pub struct Aws {
     pub policy_arns: Vec<String>,
 }
 
+/// An access token of Google Cloud.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Google {
+    /// The provider of a workload identity pool, by its resource name:
+    /// `projects/NUMBER/locations/global/workloadIdentityPools/POOL/providers/PROVIDER`.
+    #[schemars(
+        length(max = 255),
+        regex(pattern = r"^projects/[0-9]+/locations/global/workloadIdentityPools/[a-z0-9-]{4,32}/providers/[a-z0-9-]{4,32}$")
+    )]
+    pub workload_identity_provider: String,
+    /// E-mail address of the service account that the job becomes. Without one, the token is the federated identity's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 255), regex(pattern = r"^[a-z0-9][a-z0-9-]*@[a-z0-9.-]+[.]gserviceaccount[.]com$"))]
+    pub service_account: Option<String>,
+    /// OAuth scopes of the token. A job may ask for one of them.
+    #[serde(default = "google_scopes")]
+    #[schemars(
+        length(min = 1, max = 16),
+        inner(length(max = 255), regex(pattern = r"^https://www[.]googleapis[.]com/auth/[a-z0-9._/-]+$"))
+    )]
+    pub scopes: Vec<String>,
+    /// Another address of the Security Token Service than `https://sts.googleapis.com`: `https://HOST` or `https://HOST:PORT`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 255), regex(pattern = r"^https://[A-Za-z0-9.-]+(:[0-9]{1,5})?$"))]
+    pub sts_endpoint: Option<String>,
+    /// Another address of the IAM Service Account Credentials API than `https://iamcredentials.googleapis.com`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 255), regex(pattern = r"^https://[A-Za-z0-9.-]+(:[0-9]{1,5})?$"))]
+    pub iam_credentials_endpoint: Option<String>,
+}
+
+impl Google {
+    /// The workload identity provider, as Google's Security Token Service is asked for it.
+    pub fn audience(&self) -> String {
+        format!("//iam.googleapis.com/{}", self.workload_identity_provider)
+    }
+
+    /// Where Google's Security Token Service is.
+    pub fn sts_endpoint(&self) -> &str {
+        self.sts_endpoint.as_deref().unwrap_or("https://sts.googleapis.com")
+    }
+
+    /// Where Google's IAM Service Account Credentials API is.
+    pub fn iam_credentials_endpoint(&self) -> &str {
+        self.iam_credentials_endpoint.as_deref().unwrap_or("https://iamcredentials.googleapis.com")
+    }
+}
+
+fn google_scopes() -> Vec<String> {
+    vec!["https://www.googleapis.com/auth/cloud-platform".to_owned()]
+}
+
+/// An access token of Microsoft Entra.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Azure {
+    /// Directory (tenant) ID.
+    #[schemars(regex(pattern = r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"))]
+    pub tenant_id: String,
+    /// Application (client) ID of the application or of the user-assigned managed identity that has the federated credential.
+    #[schemars(regex(pattern = r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"))]
+    pub client_id: String,
+    /// What there may be tokens for, each as `RESOURCE/.default`. A job asks for one of them; for the first if it does not say.
+    #[serde(default = "azure_scopes")]
+    #[schemars(length(min = 1, max = 16), inner(length(max = 255), regex(pattern = r"^[a-z]+://[A-Za-z0-9._:/-]+/[.]default$")))]
+    pub scopes: Vec<String>,
+    /// Another authority than `https://login.microsoftonline.com`, such as that of a sovereign cloud: `https://HOST` or `https://HOST:PORT`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 255), regex(pattern = r"^https://[A-Za-z0-9.-]+(:[0-9]{1,5})?$"))]
+    pub authority_host: Option<String>,
+}
+
+fn azure_scopes() -> Vec<String> {
+    vec!["https://management.azure.com/.default".to_owned()]
+}
+
+/// A token of HashiCorp Vault or OpenBao.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Vault {
+    /// Its address, for broker and jobs: `https://HOST` or `https://HOST:PORT`.
+    #[schemars(length(max = 255), regex(pattern = r"^https://[A-Za-z0-9.-]+(:[0-9]{1,5})?$"))]
+    pub address: String,
+    /// Path at which the JWT auth method is mounted.
+    #[serde(default = "vault_mount")]
+    #[schemars(length(max = 255), regex(pattern = r"^[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*$"))]
+    pub mount: String,
+    /// Role of that auth method. Its longest life of a token (`token_ttl`) is at most `lifetimeSeconds`.
+    #[schemars(length(max = 128), regex(pattern = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"))]
+    pub role: String,
+    /// Namespace in which the auth method is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 255), regex(pattern = r"^[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*/?$"))]
+    pub namespace: Option<String>,
+}
+
+fn vault_mount() -> String {
+    "jwt".to_owned()
+}
+
+/// A token of a GitHub App's installation.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct Installation {
+    /// Client ID of the App: one of those that the broker can sign for (`broker.githubApps` of the chart).
+    #[schemars(length(max = 64), regex(pattern = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"))]
+    pub client_id: String,
+    /// Number of the installation.
+    #[schemars(range(min = 1))]
+    pub installation_id: i64,
+    /// Names of repositories of the installation's account, without the account.
+    #[schemars(length(min = 1, max = 50), inner(length(min = 1, max = 100), regex(pattern = r"^[A-Za-z0-9._-]+$")))]
+    pub repositories: Vec<String>,
+    /// By its name, how much of each permission: `contents: read`.
+    #[schemars(extend("maxProperties" = 30, "minProperties" = 1))]
+    #[x_kube(validation = Rule::new("self.all(name, name.matches('^[a-z_]{1,64}$'))")
+        .message("permissions are named as GitHub's REST API does: contents, pull_requests"))]
+    pub permissions: BTreeMap<String, Permission>,
+}
+
+/// How much of a permission.
+#[derive(JsonSchema, Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+#[allow(missing_docs, reason = "GitHub's own words")]
+pub enum Permission {
+    Read,
+    Write,
+    Admin,
+}
+
+/// The one provider of a binding.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Chosen<'a> {
+    /// A session of an AWS role.
+    Aws(&'a Aws),
+    /// An access token of Google Cloud.
+    Google(&'a Google),
+    /// An access token of Microsoft Entra.
+    Azure(&'a Azure),
+    /// A token of Vault.
+    Vault(&'a Vault),
+    /// A token of a GitHub App's installation.
+    GithubApp(&'a Installation),
+    /// The token itself.
+    AudienceToken,
+}
+
+impl Provider {
+    /// The one that is named; `None` where it is none, or more than one.
+    pub fn chosen(&self) -> Option<Chosen<'_>> {
+        let named = [
+            self.aws.as_ref().map(Chosen::Aws),
+            self.google.as_ref().map(Chosen::Google),
+            self.azure.as_ref().map(Chosen::Azure),
+            self.vault.as_ref().map(Chosen::Vault),
+            self.github_app.as_ref().map(Chosen::GithubApp),
+            self.audience_token.as_ref().map(|_| Chosen::AudienceToken),
+        ];
+        let mut named = named.into_iter().flatten();
+        named.next().filter(|_| named.next().is_none())
+    }
+}
+
+impl Chosen<'_> {
+    /// Whom the job becomes there, as its owner would name it.
+    pub fn identity(&self) -> String {
+        match self {
+            Self::Aws(aws) => aws.role_arn.clone(),
+            Self::Google(google) => google.service_account.clone().unwrap_or_else(|| google.audience()),
+            Self::Azure(azure) => format!("{}/{}", azure.tenant_id, azure.client_id),
+            Self::Vault(vault) => format!("{}/v1/auth/{}/role/{}", vault.address, vault.mount, vault.role),
+            Self::GithubApp(app) => format!("GitHub App {}, installation {}", app.client_id, app.installation_id),
+            Self::AudienceToken => "the token itself".to_owned(),
+        }
+    }
+
+    /// What the job may ask for, if the provider has scopes.
+    pub fn scopes(&self) -> &[String] {
+        match self {
+            Self::Google(google) => &google.scopes,
+            Self::Azure(azure) => &azure.scopes,
+            Self::Aws(_) | Self::Vault(_) | Self::GithubApp(_) | Self::AudienceToken => &[],
+        }
+    }
+}
+
 /// The token itself; has no settings.
 #[derive(JsonSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 pub struct AudienceToken {}
@@ -195,7 +400,10 @@ pub struct CredentialBindingStatus {
     /// Generation of the spec that the rest speaks of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// `Ready` and `IssuerTrusted`.
+    /// Whom a job becomes by the binding: a role, a service account, an application.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<String>,
+    /// `Ready` and `IssuerTrusted`; for a GitHub App `KeyProtected` as well.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,

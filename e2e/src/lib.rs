@@ -1,5 +1,8 @@
 //! Mayfly against a real cluster and a real forge: what the demo, the end-to-end tests and the benchmarks share.
 
+pub mod audit;
+pub mod binding;
+pub mod clouds;
 pub mod forge;
 pub mod github;
 pub mod ingress;

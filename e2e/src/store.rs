@@ -6,16 +6,14 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use kube::Api;
-use kube::api::{Patch, PatchParams};
 use mayfly_cluster::builder::part_folder;
 use mayfly_cluster::command::{random_hex, run, write_file};
 use mayfly_cluster::process::check_running;
 use mayfly_cluster::{World as Place, pki};
-use mayfly_crds::CredentialBinding;
 use serde_json::{Value, json};
 use tokio::sync::Mutex;
 
+use crate::binding::bind;
 use crate::wait::eventually;
 use crate::world::{host_beside_forge, host_of};
 use crate::{World, github, ingress};
@@ -94,14 +92,7 @@ impl Store {
             },
         });
         change(&mut binding);
-        let bindings: Api<CredentialBinding> = Api::namespaced(world.client.clone(), namespace);
-        let params = PatchParams::apply("mayfly-e2e").force();
-        bindings.patch(Self::BINDING, &params, &Patch::Apply(&binding)).await?;
-        eventually("the binding is ready", Duration::from_secs(20), || async {
-            let told = bindings.get(Self::BINDING).await?.status.unwrap_or_default().conditions;
-            Ok(told.iter().any(|told| told.type_ == "Ready" && told.status == "True").then_some(()))
-        })
-        .await
+        bind(world, &binding).await
     }
 
     /// What a pool says to let its jobs reach the store: `spec.isolation.egress`.

@@ -297,6 +297,25 @@ fn binding_cases() -> Vec<(bool, Case)> {
             |b| b["spec"]["token"]["audience"] = json!("https://issuer.example/acme"),
             "a whole organization shares",
         ),
+        ("two providers", |b| b["spec"]["provider"]["vault"] = vault(), "exactly one provider"),
+        ("no provider", |b| b["spec"]["provider"] = json!({}), "exactly one provider"),
+        (
+            "less life than GitHub gives",
+            |b| {
+                b["spec"]["provider"] = json!({"githubApp": github_app()});
+                b["spec"]["lifetimeSeconds"] = json!(900);
+            },
+            "live 3600 seconds",
+        ),
+        (
+            "all that an installation has",
+            |b| {
+                b["spec"]["provider"] = json!({"githubApp": github_app()});
+                b["spec"]["provider"]["githubApp"]["repositories"] = json!([]);
+            },
+            "repositories",
+        ),
+        ("less life than Azure gives", |b| b["spec"]["provider"] = json!({"azure": azure()}), "up to 5400 seconds"),
         ("no audience", |b| b["spec"]["token"]["audience"] = json!(""), "spec.token.audience"),
         ("production by any branch", |b| b["spec"]["production"] = json!(true), "a binding for production"),
         (
@@ -342,6 +361,71 @@ fn binding_cases() -> Vec<(bool, Case)> {
         ("an STS with a path", |b| aws(b)["endpoint"] = json!("https://sts.example/x?y"), "spec.provider.aws.endpoint"),
         ("a role that is none", |b| aws(b)["roleArn"] = json!("arn:aws:iam::123456789012:user/x"), "spec.provider.aws.roleArn"),
         ("a region that is a host", |b| aws(b)["region"] = json!("evil.example/"), "spec.provider.aws.region"),
+        ("Google", |b| b["spec"]["provider"] = json!({"google": google()}), ""),
+        (
+            "Google with a service account",
+            |b| {
+                b["spec"]["provider"] = json!({"google": google()});
+                b["spec"]["provider"]["google"]["serviceAccount"] = json!("deploy@acme.iam.gserviceaccount.com");
+            },
+            "",
+        ),
+        (
+            "a provider of another place",
+            |b| {
+                b["spec"]["provider"] = json!({"google": google()});
+                b["spec"]["provider"]["google"]["workloadIdentityProvider"] = json!("projects/acme/providers/x");
+            },
+            "workloadIdentityProvider",
+        ),
+        (
+            "a user for a service account",
+            |b| {
+                b["spec"]["provider"] = json!({"google": google()});
+                b["spec"]["provider"]["google"]["serviceAccount"] = json!("me@gmail.com");
+            },
+            "serviceAccount",
+        ),
+        (
+            "Azure",
+            |b| {
+                b["spec"]["provider"] = json!({"azure": azure()});
+                b["spec"]["lifetimeSeconds"] = json!(5400);
+            },
+            "",
+        ),
+        (
+            "a tenant that is a path",
+            |b| {
+                b["spec"]["provider"] = json!({"azure": azure()});
+                b["spec"]["provider"]["azure"]["tenantId"] = json!("../common");
+                b["spec"]["lifetimeSeconds"] = json!(5400);
+            },
+            "tenantId",
+        ),
+        ("Vault", |b| b["spec"]["provider"] = json!({"vault": vault()}), ""),
+        ("a GitHub App", |b| b["spec"]["provider"] = json!({"githubApp": github_app()}), ""),
+        (
+            "a permission to everything",
+            |b| {
+                b["spec"]["provider"] = json!({"githubApp": github_app()});
+                b["spec"]["provider"]["githubApp"]["permissions"] = json!({"*": "write"});
+            },
+            "permissions",
+        ),
+        (
+            "a Vault in plain text",
+            |b| b["spec"]["provider"] = json!({"vault": {"address": "http://vault.example", "role": "ci"}}),
+            "spec.provider.vault.address",
+        ),
+        (
+            "a mount that climbs",
+            |b| {
+                b["spec"]["provider"] = json!({"vault": vault()});
+                b["spec"]["provider"]["vault"]["mount"] = json!("jwt/../token");
+            },
+            "spec.provider.vault.mount",
+        ),
         ("a session longer than the binding's life", |b| aws(b)["durationSeconds"] = json!(7200), "durationSeconds cannot be more"),
         ("an issuer with a query", |b| b["spec"]["token"]["issuer"] = json!("https://issuer.example/?x"), "spec.token.issuer"),
         ("an issuer with a password", |b| b["spec"]["token"]["issuer"] = json!("https://u:p@issuer.example"), "spec.token.issuer"),
@@ -349,6 +433,23 @@ fn binding_cases() -> Vec<(bool, Case)> {
         ("a field that does not exist", |b| b["spec"]["policy"] = json!("*"), "policy"),
     ];
     by_both.into_iter().map(|case| (true, case)).chain(by_one.into_iter().map(|case| (false, case))).collect()
+}
+
+fn github_app() -> Value {
+    json!({"clientId": "Iv1.a", "installationId": 7, "repositories": ["web"], "permissions": {"contents": "read"}})
+}
+
+fn google() -> Value {
+    json!({"workloadIdentityProvider": "projects/1/locations/global/workloadIdentityPools/pool/providers/mayfly"})
+}
+
+fn azure() -> Value {
+    let id = "00000000-1111-2222-3333-444444444444";
+    json!({"tenantId": id, "clientId": id})
+}
+
+fn vault() -> Value {
+    json!({"address": "https://vault.example:8200", "role": "ci"})
 }
 
 #[tokio::test(flavor = "multi_thread")]

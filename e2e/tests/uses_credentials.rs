@@ -5,10 +5,11 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use k8s_openapi::api::core::v1::{Pod, ServiceAccount};
 use kube::Api;
-use kube::api::{ListParams, LogParams, PostParams};
+use kube::api::{ListParams, PostParams};
 use mayfly_cluster::World as Place;
 use mayfly_cluster::command::{output, run};
 use mayfly_crds::names::{ANNOTATION_JOB_CLAIMS, BROKER_AUDIENCE, RUNNER_SERVICE_ACCOUNT};
+use mayfly_e2e::audit;
 use mayfly_e2e::github::Stage;
 use mayfly_e2e::stage::{PATIENCE, POOL, alone, turn};
 use mayfly_e2e::store::{self, Store};
@@ -38,15 +39,7 @@ fn job(store: &Store, script: &str) -> Value {
 
 /// What the broker told its audit trail about pods of this namespace.
 async fn records(stage: &Stage) -> Result<Vec<Value>> {
-    let pods: Api<Pod> = Api::namespaced(stage.world.client.clone(), SYSTEM);
-    let brokers = pods.list(&ListParams::default().labels("app.kubernetes.io/component=broker")).await?;
-    let mut records = Vec::new();
-    for broker in brokers.items {
-        let log = pods.logs(&broker.metadata.name.unwrap_or_default(), &LogParams::default()).await?;
-        let lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-        records.extend(lines.filter(|record| record["scope"]["namespace"] == json!(stage.namespace)));
-    }
-    Ok(records)
+    audit::records(&stage.world, "broker", &stage.namespace).await
 }
 
 /// Reads and writes the bucket with whatever credentials AWS's SDK finds by itself.

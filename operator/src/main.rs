@@ -23,7 +23,8 @@ async fn main() -> Result<()> {
     match Cli::parse().command {
         Command::Controller(args) => {
             let filter = EnvFilter::try_from_env("MAYFLY_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-            tracing_subscriber::fmt().json().flatten_event(true).with_env_filter(filter).init();
+            // Standard output is for audit records.
+            tracing_subscriber::fmt().json().flatten_event(true).with_writer(std::io::stderr).with_env_filter(filter).init();
             runtime::run_controller(args.settings()?).await
         }
         Command::Broker(args) => {
@@ -31,7 +32,6 @@ async fn main() -> Result<()> {
             // However much is asked for: the SDK's tracing would write requests, and so tokens.
             let quiet = ["aws_smithy_runtime=info", "aws_smithy_runtime_api=info", "aws_sdk_sts=info"];
             let filter = quiet.iter().try_fold(filter, |filter, part| part.parse().map(|part| filter.add_directive(part)))?;
-            // Standard output is for audit records.
             tracing_subscriber::fmt().json().flatten_event(true).with_writer(std::io::stderr).with_env_filter(filter).init();
             runtime::run_broker(args.settings()?).await
         }

@@ -11,6 +11,64 @@ app.kubernetes.io/name: mayfly
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
+{{/* What the broker and the controller read of the GitHub Apps: where the broker finds each key, and no key. */}}
+{{- define "mayfly.githubApps" -}}
+{{- range $n, $app := .Values.broker.githubApps }}
+- clientId: {{ $app.clientId | quote }}
+  {{- with $app.apiUrl }}
+  apiUrl: {{ . | quote }}
+  {{- end }}
+  {{- with $app.keySecret }}
+  keyFile: /etc/mayfly/github-apps/{{ $n }}/key.pem
+  {{- end }}
+  {{- with $app.vaultTransit }}
+  vaultTransit:
+    address: {{ .address | quote }}
+    {{- with .mount }}
+    mount: {{ . | quote }}
+    {{- end }}
+    key: {{ .key | quote }}
+    tokenFile: /etc/mayfly/github-apps/{{ $n }}/token
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "mayfly.auditEnv" -}}
+{{- with .Values.audit.url }}
+- {name: MAYFLY_AUDIT_URL, value: {{ . | quote }}}
+{{- end }}
+{{- if .Values.audit.caConfigMap }}
+- {name: MAYFLY_AUDIT_CA_FILE, value: /etc/mayfly/audit-ca/ca.crt}
+{{- end }}
+{{- if .Values.audit.tokenSecret }}
+- {name: MAYFLY_AUDIT_TOKEN_FILE, value: /etc/mayfly/audit-token/token}
+{{- end }}
+{{- end }}
+
+{{- define "mayfly.auditMounts" -}}
+{{- if .Values.audit.caConfigMap }}
+- {name: audit-ca, mountPath: /etc/mayfly/audit-ca, readOnly: true}
+{{- end }}
+{{- if .Values.audit.tokenSecret }}
+- {name: audit-token, mountPath: /etc/mayfly/audit-token, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{- define "mayfly.auditVolumes" -}}
+{{- if .Values.audit.caConfigMap }}
+- name: audit-ca
+  configMap: {name: {{ .Values.audit.caConfigMap }}}
+{{- end }}
+{{- if .Values.audit.tokenSecret }}
+- name: audit-token
+  secret:
+    secretName: {{ .Values.audit.tokenSecret }}
+    defaultMode: 0440
+    items:
+      - {key: token, path: token}
+{{- end }}
+{{- end }}
+
 {{- define "mayfly.labels" -}}
 {{ include "mayfly.selector" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}

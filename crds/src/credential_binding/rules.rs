@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::{CredentialBindingSpec, LIFETIME_MAX, LIFETIME_MIN, Matcher, Token};
+use super::{Chosen, CredentialBindingSpec, LIFETIME_MAX, LIFETIME_MIN, Matcher, Token};
 
 /// Events that a binding takes where it names none: somebody with write access, or the forge's own clock, started the job.
 pub const DEFAULT_EVENTS: [&str; 7] =
@@ -11,6 +11,10 @@ pub const DEFAULT_EVENTS: [&str; 7] =
 /// Events that no binding takes: they run with the base repository's rights on input of strangers.
 pub const NEVER_EVENTS: [&str; 1] = ["pull_request_target"];
 
+/// Longest life that Azure gives its tokens by itself, in seconds (learn.microsoft.com, "Access tokens in the Microsoft identity platform").
+const AZURE_LIFETIME: u32 = 5_400;
+/// Life of a token of an installation, in seconds (docs.github.com, "Generating an installation access token for a GitHub App").
+const GITHUB_LIFETIME: u32 = 3_600;
 /// Longest value of a matcher, in bytes.
 const VALUE_MAX: usize = 512;
 
@@ -116,9 +120,22 @@ impl CredentialBindingSpec {
         if lifetimes.iter().flatten().any(|seconds| !(LIFETIME_MIN..=LIFETIME_MAX).contains(seconds)) {
             return Err(Fault("a lifetime is between 900 and 43200 seconds"));
         }
-        match (&self.provider.aws, &self.provider.audience_token) {
-            (Some(_), None) | (None, Some(_)) => Ok(()),
-            _ => Err(Fault("name exactly one provider: aws or audienceToken")),
+        match self.provider.chosen() {
+            None => Err(Fault("name exactly one provider: aws, google, azure, vault, githubApp or audienceToken")),
+            Some(Chosen::Azure(_)) if self.lifetime_seconds < AZURE_LIFETIME => {
+                Err(Fault("Azure decides how long its tokens live, up to 5400 seconds: lifetimeSeconds has to allow for that"))
+            }
+            Some(Chosen::GithubApp(_)) if self.lifetime_seconds < GITHUB_LIFETIME => Err(Fault(
+                "GitHub's tokens of an installation live 3600 seconds unless they are revoked: lifetimeSeconds has to allow for that",
+            )),
+            // Without them it would be everything that the installation has.
+            Some(Chosen::GithubApp(app)) if app.repositories.is_empty() || app.permissions.is_empty() => {
+                Err(Fault("no repository, or no permission, is named"))
+            }
+            Some(chosen) if matches!(chosen, Chosen::Google(_) | Chosen::Azure(_)) && chosen.scopes().is_empty() => {
+                Err(Fault("no scope is named"))
+            }
+            Some(_) => Ok(()),
         }
     }
 
@@ -219,6 +236,23 @@ mod tests {
         })
     }
 
+    fn google() -> Value {
+        json!({"google": {"workloadIdentityProvider": "projects/1/locations/global/workloadIdentityPools/pool/providers/mayfly"}})
+    }
+
+    fn azure() -> Value {
+        let id = "00000000-1111-2222-3333-444444444444";
+        json!({"azure": {"tenantId": id, "clientId": id}})
+    }
+
+    fn vault() -> Value {
+        json!({"vault": {"address": "https://vault.example", "role": "ci"}})
+    }
+
+    fn github_app() -> Value {
+        json!({"githubApp": {"clientId": "Iv1.x", "installationId": 7, "repositories": ["web"], "permissions": {"contents": "read"}}})
+    }
+
     fn checked(change: impl Fn(&mut Value)) -> Result<(), String> {
         let mut spec = spec();
         change(&mut spec);
@@ -228,8 +262,15 @@ mod tests {
 
     #[test]
     fn sound_bindings_pass() {
-        let changes: [fn(&mut Value); 7] = [
+        let changes: [fn(&mut Value); 11] = [
+            |s| s["provider"] = github_app(),
             |_| {},
+            |s| s["provider"] = google(),
+            |s| {
+                s["provider"] = azure();
+                s["lifetimeSeconds"] = json!(5400);
+            },
+            |s| s["provider"] = vault(),
             |s| s["subject"]["claims"] = json!({"repository": {"exact": "acme/web"}, "repository_owner_id": {"exact": "7"}}),
             |s| s["subject"]["claims"]["ref"] = json!({"prefixSegments": "refs/heads/release"}),
             |s| s["subject"]["claims"]["event_name"] = json!({"oneOf": ["push", "pull_request"]}),
@@ -254,7 +295,30 @@ mod tests {
 
     #[test]
     fn every_dangerous_shape_is_refused_with_its_reason() {
-        let changes: [Row; 23] = [
+        let changes: [Row; 30] = [
+            ("live 3600", |s| {
+                s["provider"] = github_app();
+                s["lifetimeSeconds"] = json!(900);
+            }),
+            ("no repository, or no permission", |s| {
+                s["provider"] = github_app();
+                s["provider"]["githubApp"]["repositories"] = json!([]);
+            }),
+            ("no repository, or no permission", |s| {
+                s["provider"] = github_app();
+                s["provider"]["githubApp"]["permissions"] = json!({});
+            }),
+            ("exactly one provider", |s| s["provider"]["vault"] = vault()["vault"].clone()),
+            ("up to 5400", |s| s["provider"] = azure()),
+            ("no scope", |s| {
+                s["provider"] = google();
+                s["provider"]["google"]["scopes"] = json!([]);
+            }),
+            ("no scope", |s| {
+                s["provider"] = azure();
+                s["provider"]["azure"]["scopes"] = json!([]);
+                s["lifetimeSeconds"] = json!(5400);
+            }),
             ("no repository", |s| s["subject"]["claims"] = json!({"ref": {"exact": "refs/heads/main"}})),
             ("no repository", |s| s["subject"]["claims"] = json!({"repository_owner_id": {"exact": "7"}})),
             ("taken over", |s| s["subject"]["claims"] = json!({"repository": {"exact": "acme/web"}})),
@@ -283,6 +347,14 @@ mod tests {
             let refused = checked(change).expect_err(&format!("change {n} ({word})"));
             assert!(refused.contains(word), "change {n}: {refused}");
         }
+    }
+
+    #[test]
+    fn what_is_not_said_of_a_provider_is_what_most_have() {
+        let provider = |text: Value| serde_json::from_value::<super::super::Provider>(text).expect("a provider");
+        assert_eq!(provider(google()).chosen().expect("one").scopes(), ["https://www.googleapis.com/auth/cloud-platform"]);
+        assert_eq!(provider(azure()).chosen().expect("one").scopes(), ["https://management.azure.com/.default"]);
+        assert_eq!(provider(vault()).chosen().expect("one").identity(), "https://vault.example/v1/auth/jwt/role/ci");
     }
 
     #[test]

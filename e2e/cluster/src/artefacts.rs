@@ -168,6 +168,14 @@ pub const GO_PARTS: &[GoPart] = &[
         data: &[],
     },
     GoPart {
+        name: "clouds",
+        module: "e2e/tools/clouds",
+        cgo: false,
+        versioned_by: None,
+        programs: &[GoProgram::new("clouds", ".")],
+        data: &[],
+    },
+    GoPart {
         name: "kind",
         module: "e2e/tools/kind",
         cgo: false,

@@ -418,7 +418,9 @@ fn accounts(world: &mut World, ask: &Ask, path: &[&str]) -> Answer {
         }
         ("POST", ["personal-tokens"]) => {
             let token = format!("ghp_{}", hex(&random::<18>()));
-            world.tokens.insert(token.clone(), RestToken { installation: None, expires: None, used: 0, hour: Instant::now() });
+            world
+                .tokens
+                .insert(token.clone(), RestToken { installation: None, repositories: None, expires: None, used: 0, hour: Instant::now() });
             Ok(json!({"token": token}))
         }
         ("POST", ["runner-groups"]) => {

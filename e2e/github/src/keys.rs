@@ -61,11 +61,17 @@ impl RsaKey {
         &self.numbers
     }
 
+    /// What `x5t` is: the bytes of which the id is the hexadecimal form, as at GitHub's issuer.
+    fn thumbprint(&self) -> String {
+        let digits = self.id.as_bytes().chunks(2).filter_map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok());
+        URL_SAFE_NO_PAD.encode(digits.collect::<Vec<u8>>())
+    }
+
     /// The public part as a JSON web key (RFC 7517).
     pub fn jwk(&self) -> Value {
         let [modulus, exponent, ..] = &self.numbers.0;
         json!({
-            "kty": "RSA", "alg": "RS256", "use": "sig", "kid": self.id, "x5t": self.id,
+            "kty": "RSA", "alg": "RS256", "use": "sig", "kid": self.id, "x5t": self.thumbprint(),
             "n": URL_SAFE_NO_PAD.encode(modulus), "e": URL_SAFE_NO_PAD.encode(exponent),
         })
     }
@@ -75,7 +81,7 @@ impl RsaKey {
     /// # Errors
     /// When the library refuses to sign.
     pub fn sign(&self, claims: &Value) -> Result<String> {
-        let header = json!({"alg": "RS256", "typ": "JWT", "kid": self.id, "x5t": self.id});
+        let header = json!({"alg": "RS256", "typ": "JWT", "kid": self.id, "x5t": self.thumbprint()});
         let input = signing_input(&header, claims);
         let mut signature = vec![0; self.pair.public_modulus_len()];
         self.pair

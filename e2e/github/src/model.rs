@@ -212,6 +212,8 @@ pub struct Installation {
 pub struct RestToken {
     /// None: a personal access token.
     pub installation: Option<i64>,
+    /// The repositories it was made for, as `owner/name`; without them, all of the installation's account.
+    pub repositories: Option<Vec<String>>,
     /// When it ends.
     pub expires: Option<Timestamp>,
     /// How many requests it made in this hour.

@@ -13,7 +13,8 @@ type Answer = Result<Reply, Reply>;
 /// Who asks.
 enum Asker {
     Personal,
-    Installation(i64),
+    /// By its number, and the repositories that its token was made for.
+    Installation(i64, Option<Vec<String>>),
 }
 
 /// Answers a request; `path` is without `/api/v3`.
@@ -68,7 +69,7 @@ fn asker(world: &World, ask: &Ask) -> Result<Asker, Reply> {
     let Some(token) = bearer(ask) else { return Err(error(401, "Requires authentication")) };
     match world.tokens.get(token) {
         Some(token) if token.expires.is_none_or(|expires| expires > Timestamp::now()) => {
-            Ok(token.installation.map_or(Asker::Personal, Asker::Installation))
+            Ok(token.installation.map_or(Asker::Personal, |id| Asker::Installation(id, token.repositories.clone())))
         }
         _ => Err(error(401, "Bad credentials")),
     }
@@ -78,13 +79,18 @@ fn asker(world: &World, ask: &Ask) -> Result<Asker, Reply> {
 fn may(world: &World, asker: &Asker, level: &Level) -> Result<(), Reply> {
     let allowed = match asker {
         Asker::Personal => true,
-        Asker::Installation(id) => {
+        Asker::Installation(id, repositories) => {
             let account = world.installations.get(id).map(|installation| installation.account.to_lowercase());
             let owner = match level {
                 Level::Enterprise(slug) => slug,
                 Level::Organization(login) | Level::Repository(login, _) => login,
             };
-            account.as_ref() == Some(owner)
+            let narrowed = match (repositories, level) {
+                (None, _) => true,
+                (Some(names), Level::Repository(owner, name)) => names.contains(&format!("{owner}/{name}")),
+                (Some(_), _) => false,
+            };
+            account.as_ref() == Some(owner) && narrowed
         }
     };
     if allowed && world.exists(level) { Ok(()) } else { Err(not_found()) }
@@ -103,6 +109,23 @@ fn dispatch(world: &mut World, ask: &Ask, path: &[&str]) -> Answer {
         _ => {}
     }
     let asker = asker(world, ask)?;
+    // docs.github.com, REST, "Revoke an installation access token" and "List repositories accessible to the app installation".
+    if let (Asker::Installation(id, repositories), ["installation", what]) = (&asker, path) {
+        return match (method, *what) {
+            ("DELETE", "token") => {
+                world.tokens.remove(bearer(ask).unwrap_or_default());
+                Ok(Reply::empty(204))
+            }
+            ("GET", "repositories") => {
+                let account = world.installations.get(id).map(|installation| installation.account.to_lowercase());
+                let of_account = world.repositories.iter().filter(|(_, of)| Some(of.owner.to_lowercase()) == account);
+                let reached = of_account.filter(|(key, _)| repositories.as_ref().is_none_or(|names| names.contains(key)));
+                let list: Vec<Value> = reached.map(|(_, of)| repository_json(world, of)).collect();
+                Ok(Reply::json(200, &json!({"total_count": list.len(), "repositories": list})))
+            }
+            _ => Err(not_found()),
+        };
+    }
     let (level, rest) = match path {
         ["orgs", login, rest @ ..] => (Level::Organization(login.to_lowercase()), rest),
         ["enterprises", slug, rest @ ..] => (Level::Enterprise(slug.to_lowercase()), rest),
@@ -203,15 +226,37 @@ fn access_token(world: &mut World, ask: &Ask, id: &str) -> Answer {
     if world.installations.get(&id).is_none_or(|installation| installation.app != app) {
         return Err(not_found());
     }
+    // docs.github.com, REST, "Create an installation access token for an app": some repositories and permissions of the installation's.
+    let wanted = ask.json();
+    let account = world.installations.get(&id).map(|installation| installation.account.to_lowercase()).unwrap_or_default();
+    let repositories: Option<Vec<String>> = wanted["repositories"]
+        .as_array()
+        .map(|names| names.iter().filter_map(Value::as_str).map(|name| format!("{account}/{}", name.to_lowercase())).collect());
+    if repositories.iter().flatten().any(|name| !world.repositories.contains_key(name)) {
+        return Err(error(422, "There is at least one repository that does not exist or is not accessible to the parent installation."));
+    }
+    let all = json!({"organization_self_hosted_runners": "write", "actions": "read", "contents": "write", "metadata": "read"});
+    let permissions = match wanted["permissions"].as_object() {
+        None => all,
+        Some(asked) if asked.iter().any(|(name, much)| all[name].is_null() || (*much == "write" && all[name] == "read")) => {
+            return Err(error(422, "The permissions requested are not granted to this installation."));
+        }
+        Some(asked) => {
+            let mut given = asked.clone();
+            given.insert("metadata".to_owned(), json!("read"));
+            Value::Object(given)
+        }
+    };
+    let selection = if repositories.is_some() { "selected" } else { "all" };
     let token = format!("ghs_{}", hex(&random::<18>()));
     let expires = after(world.settings.installation_token);
-    let entry = RestToken { installation: Some(id), expires: Some(expires), used: 0, hour: std::time::Instant::now() };
+    let entry = RestToken { installation: Some(id), repositories, expires: Some(expires), used: 0, hour: std::time::Instant::now() };
     world.tokens.insert(token.clone(), entry);
     Ok(Reply::json(
         201,
         &json!({
             "token": token, "expires_at": expires.round(jiff::Unit::Second).unwrap_or(expires).to_string(),
-            "permissions": {"organization_self_hosted_runners": "write", "actions": "read", "metadata": "read"}, "repository_selection": "all",
+            "permissions": permissions, "repository_selection": selection,
         }),
     ))
 }

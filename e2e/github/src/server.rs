@@ -40,7 +40,7 @@ pub struct Config {
     pub tls: Option<(PathBuf, PathBuf)>,
     /// Where to listen with that certificate, and with plain HTTP at `listen`; none: with the certificate at `listen`.
     pub tls_listen: Option<SocketAddr>,
-    /// Base of every URL handed out; none: the address listened on.
+    /// Base of every URL handed out; none: the address listened on. Port 0 stands for the port listened on, here and below.
     pub public_url: Option<String>,
     /// The OIDC issuer; none: `<public URL>/_services/token`.
     pub issuer: Option<String>,
@@ -78,9 +78,12 @@ impl Server {
             (Some(tls), Some(beside)) => (Some(listener), Some((beside, tls))),
         };
         let scheme = if plain.is_some() { "http" } else { "https" };
-        let url = config.public_url.map_or_else(|| format!("{scheme}://{address}"), |url| url.trim_end_matches('/').to_owned());
+        let url = config.public_url.unwrap_or_else(|| format!("{scheme}://{address}"));
+        let url = with_port(url.trim_end_matches('/'), address);
+        let tls_address = with_certificate.as_ref().map(|(listener, _)| listener.local_addr()).transpose()?;
+        let issuer = config.issuer.map(|issuer| with_port(&issuer, tls_address.unwrap_or(address)));
         let (outbox, deliveries) = mpsc::unbounded_channel();
-        let world = World::new(url.clone(), config.issuer, config.settings, outbox)?;
+        let world = World::new(url.clone(), issuer, config.settings, outbox)?;
         let forge = Arc::new(Forge { world: Mutex::new(world) });
         make_runner_keys(Arc::downgrade(&forge));
         let service = Router::new().fallback(serve).with_state(forge.clone()).into_make_service();
@@ -95,9 +98,7 @@ impl Server {
             let service = service.clone();
             tasks.push(tokio::spawn(async move { drop(server.serve(service).await) }));
         }
-        let mut tls_address = None;
         if let Some((listener, (certificate, key))) = with_certificate {
-            tls_address = Some(listener.local_addr()?);
             let tls = RustlsConfig::from_pem_file(certificate, key).await.context("the certificate cannot be used")?;
             let server = axum_server::from_tcp_rustls(listener, tls)?.handle(handle());
             tasks.push(tokio::spawn(async move { drop(server.serve(service).await) }));
@@ -127,6 +128,15 @@ impl Drop for Server {
         for task in &self.tasks {
             task.abort();
         }
+    }
+}
+
+/// An address with its port, where that is 0, replaced by the one that is listened on.
+fn with_port(url: &str, listening: SocketAddr) -> String {
+    let port = listening.port();
+    match url.strip_suffix(":0") {
+        Some(host) => format!("{host}:{port}"),
+        None => url.replacen(":0/", &format!(":{port}/"), 1),
     }
 }
 

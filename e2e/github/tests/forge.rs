@@ -9,7 +9,7 @@ use std::net::TcpListener;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use common::{Folder, PATIENCE, call, call_of, free_address, jit, quick, runner, start};
+use common::{Folder, PATIENCE, call, call_of, jit, quick, runner, start};
 use mayfly_github_simulator::client::Simulator;
 use mayfly_github_simulator::control::{Enqueue, NewGroup, NewRepository};
 use mayfly_github_simulator::keys::{RsaKey, Token, webhook_signatures};
@@ -391,13 +391,12 @@ echo "HANDED_ON=$token" >> "$GITHUB_ENV"
 
 #[tokio::test]
 async fn a_hook_trades_the_token_of_an_issuer_with_a_certificate() {
-    let (folder, address) = (Folder::new(), free_address());
+    let folder = Folder::new();
     let (tls, authority) = certificate(&folder);
-    let issuer = format!("https://localhost:{}/_services/token", address.port());
-    let config =
-        Config { tls: Some(tls), tls_listen: Some(address), issuer: Some(format!("{issuer}/")), settings: quick(), ..Config::default() };
+    let (listen, issuer) = ("127.0.0.1:0".parse().unwrap(), "https://localhost:0/_services/token/".to_owned());
+    let config = Config { tls: Some(tls), tls_listen: Some(listen), issuer: Some(issuer), settings: quick(), ..Config::default() };
     let server = Server::start(config).await.unwrap();
-    assert_eq!(server.tls_address, Some(address));
+    let issuer = format!("https://localhost:{}/_services/token", server.tls_address.unwrap().port());
     assert!(server.url.starts_with("http://"), "what is handed out stays plain: {}", server.url);
     let simulator = Simulator::new(&server.url, b"");
     simulator.repository(&NewRepository { owner: "acme".into(), name: "widgets".into(), ..NewRepository::default() }).await.unwrap();

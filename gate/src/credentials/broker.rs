@@ -31,15 +31,78 @@ pub(crate) struct Offer {
 
 /// What a binding gives.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", rename_all_fields = "camelCase")]
 pub(crate) enum Provider {
     /// A session of an AWS role.
     Aws {
         /// Region of its STS.
         region: String,
     },
+    /// An access token of Google Cloud.
+    Google {
+        /// The workload identity provider, as the STS is asked for it.
+        audience: String,
+        service_account: Option<String>,
+        /// Longest life of a service account's token, in seconds.
+        lifetime: u32,
+        sts_endpoint: String,
+        iam_credentials_endpoint: String,
+    },
+    /// An access token of Microsoft Entra.
+    Azure {
+        client_id: String,
+        /// What there are tokens for.
+        scopes: Vec<String>,
+    },
+    /// A token of Vault.
+    Vault { address: String, namespace: Option<String> },
+    /// A token of a GitHub App's installation.
+    GithubApp {},
     /// The token itself.
     AudienceToken {},
+}
+
+/// A kind of provider, of which SDKs find the one by themselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Aws,
+    Google,
+    Azure,
+    Vault,
+    GithubApp,
+    AudienceToken,
+}
+
+impl Provider {
+    /// Of what kind it is.
+    pub(crate) fn kind(&self) -> Kind {
+        match self {
+            Self::Aws { .. } => Kind::Aws,
+            Self::Google { .. } => Kind::Google,
+            Self::Azure { .. } => Kind::Azure,
+            Self::Vault { .. } => Kind::Vault,
+            Self::GithubApp {} => Kind::GithubApp,
+            Self::AudienceToken {} => Kind::AudienceToken,
+        }
+    }
+
+    /// What is wanted where nobody says.
+    pub(crate) fn usual(&self) -> Wish {
+        let scope = match self {
+            Self::Azure { scopes, .. } => scopes.first().cloned(),
+            _ => None,
+        };
+        Wish { itself: false, scope }
+    }
+}
+
+/// What is wanted of a binding.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Wish {
+    /// The job's token itself, rather than what the provider gives for it.
+    pub(crate) itself: bool,
+    /// For this scope rather than for those of the binding.
+    pub(crate) scope: Option<String>,
 }
 
 /// What was given out.
@@ -103,15 +166,22 @@ impl Broker {
     }
 
     /// Trades a token of the job for what the binding gives.
-    pub(crate) fn exchange(&self, binding: &str, subject_token: &str) -> Result<Granted, Trouble> {
-        let form = [
+    pub(crate) fn exchange(&self, binding: &str, subject_token: &str, wish: &Wish) -> Result<Granted, Trouble> {
+        let pod_token = self.pod_token()?;
+        let mut form = vec![
             ("grant_type", GRANT_TYPE),
             ("subject_token", subject_token),
             ("subject_token_type", JWT),
-            ("actor_token", &self.pod_token()?),
+            ("actor_token", &pod_token),
             ("actor_token_type", JWT),
             ("resource", binding),
         ];
+        if wish.itself {
+            form.push(("requested_token_type", JWT));
+        }
+        if let Some(scope) = &wish.scope {
+            form.push(("scope", scope));
+        }
         read(self.agent.post(format!("{}/v1/token", self.url)).send_form(form))
     }
 

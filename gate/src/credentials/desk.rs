@@ -2,16 +2,25 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use aws_lc_rs::constant_time::verify_slices_are_equal;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::SetOnce;
 
-use super::broker::{Broker, Offer, Provider, Trouble};
+use super::broker::{Broker, Kind, Offer, Provider, Trouble, Wish};
 use super::identity::Identity;
+
+/// What a request on loopback has to show, in the file of this name.
+const TOKEN: &str = "credentials-token";
+/// Where Google's SDKs are told where to ask.
+const GOOGLE: &str = "google-credentials.json";
+/// The job's token of Vault.
+const VAULT: &str = "vault-token";
 
 /// A credential is renewed when it has less left than this, or than half its life: SDKs want more than a quarter of an hour.
 const RENEW: Duration = Duration::from_secs(20 * 60);
@@ -23,6 +32,8 @@ const PAUSE: Duration = Duration::from_millis(200);
 const PACE: Duration = Duration::from_millis(50);
 /// Between two tries of the first exchange.
 const PAUSE_EXCHANGE: Duration = Duration::from_secs(1);
+/// Between two tries to get a token that is kept in a file.
+const PAUSE_FILE: Duration = Duration::from_secs(5);
 /// How long a job's hook may be kept waiting for the broker, all in all.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -32,6 +43,8 @@ pub(crate) struct Desk {
     /// Without one there are tokens and nothing else.
     broker: Option<Broker>,
     address: SocketAddr,
+    /// Where files are for the job.
+    folder: PathBuf,
     token: String,
     /// Until when the hook may be kept waiting.
     until: Instant,
@@ -47,7 +60,9 @@ type Drawers = HashMap<String, Drawer>;
 /// One binding, and what came of it last.
 struct Drawer {
     offer: Offer,
-    kept: Mutex<Option<Kept>>,
+    kept: Mutex<HashMap<Wish, Kept>>,
+    /// The hook was told that there is nothing.
+    denied: AtomicBool,
     /// One exchange at a time.
     renewing: Arc<tokio::sync::Mutex<()>>,
 }
@@ -65,8 +80,13 @@ impl Kept {
         self.until.saturating_duration_since(now)
     }
 
+    /// How long it need not be renewed.
+    fn fresh_for(&self, now: Instant) -> Duration {
+        self.left(now).saturating_sub(RENEW.min(self.until.saturating_duration_since(self.from) / 2))
+    }
+
     fn is_fresh(&self, now: Instant) -> bool {
-        self.left(now) > RENEW.min(self.until.saturating_duration_since(self.from) / 2)
+        !self.fresh_for(now).is_zero()
     }
 }
 
@@ -89,19 +109,20 @@ impl AwsSession {
 
 impl Desk {
     /// Asks the broker which bindings this job may use, until it knows which job it is. Blocks.
-    pub(crate) fn open(identity: Identity, broker: Broker, address: SocketAddr) -> Result<Self, String> {
-        let desk = Self::waiting(identity, Some(broker), address)?;
+    pub(crate) fn open(identity: Identity, broker: Broker, address: SocketAddr, folder: &Path) -> Result<Self, String> {
+        let desk = Self::waiting(identity, Some(broker), address, folder)?;
         desk.learn()?;
         Ok(desk)
     }
 
-    /// A desk of a job that is not known yet: until [`Desk::learn`] whoever asks has to wait.
-    pub(crate) fn waiting(identity: Identity, broker: Option<Broker>, address: SocketAddr) -> Result<Self, String> {
+    /// A desk of a job that is not known yet: until [`Desk::learn`] whoever asks has to wait. Files for the job are in `folder`.
+    pub(crate) fn waiting(identity: Identity, broker: Option<Broker>, address: SocketAddr, folder: &Path) -> Result<Self, String> {
         let mut random = [0; 32];
         aws_lc_rs::rand::fill(&mut random).map_err(|_| "no random numbers".to_owned())?;
-        let token = random.iter().map(|byte| format!("{byte:02x}")).collect();
-        let (drawers, asking) = (SetOnce::new(), tokio::sync::Mutex::new(()));
-        Ok(Self { identity, broker, address, token, until: Instant::now() + PATIENCE, drawers, asking })
+        let token: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+        crate::tell(&folder.join(TOKEN), token.as_bytes())?;
+        let (drawers, asking, folder) = (SetOnce::new(), tokio::sync::Mutex::new(()), folder.to_owned());
+        Ok(Self { identity, broker, address, folder, token, until: Instant::now() + PATIENCE, drawers, asking })
     }
 
     /// Asks the broker which bindings the job may use, until it knows which job it is. Blocks.
@@ -126,50 +147,130 @@ impl Desk {
         known.as_ref().map_err(Clone::clone)
     }
 
-    async fn drawer(&self, binding: &str, fits: impl Fn(&Drawer) -> bool) -> Result<&Drawer, Trouble> {
+    async fn drawer(&self, binding: &str, fits: impl Fn(Kind) -> bool) -> Result<&Drawer, Trouble> {
         let unknown = || Trouble::Denied(format!("no CredentialBinding {binding:?} of this kind is for this job"));
-        self.drawers().await?.get(binding).filter(|drawer| fits(drawer)).ok_or_else(unknown)
+        self.drawers().await?.get(binding).filter(|drawer| fits(drawer.offer.provider.kind())).ok_or_else(unknown)
     }
 
-    /// Names and regions of the bindings for AWS.
-    async fn all_aws(&self) -> Result<Vec<(&str, &str)>, Trouble> {
-        let mut aws: Vec<(&str, &str)> = self.drawers().await?.values().filter_map(Drawer::aws).collect();
-        aws.sort_unstable();
-        Ok(aws)
+    /// The bindings of the job, by their names.
+    async fn offers(&self) -> Vec<&Offer> {
+        let mut offers: Vec<&Offer> = match self.drawers().await {
+            Ok(drawers) => drawers.values().map(|drawer| &drawer.offer).collect(),
+            Err(_) => Vec::new(),
+        };
+        offers.sort_unstable_by(|one, other| one.name.cmp(&other.name));
+        offers
+    }
+
+    fn base(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    fn file(&self, name: &str) -> String {
+        self.folder.join(name).display().to_string()
     }
 
     /// Variables for the steps of a job that is not known yet: its right to ask for tokens, as GitHub's jobs have it, and where SDKs look for
     /// credentials that some job of the pool may have. Blocks.
-    pub(crate) fn environment(&self, token_file: &str) -> String {
-        let (base, token) = (format!("http://{}", self.address), &self.token);
-        let mut lines = vec![
-            format!("MAYFLY_CREDENTIALS_URL={base}"),
-            format!("MAYFLY_CREDENTIALS_TOKEN_FILE={token_file}"),
-            format!("ACTIONS_ID_TOKEN_REQUEST_URL={base}/v1/id-token?api-version=2.0"),
-            format!("ACTIONS_ID_TOKEN_REQUEST_TOKEN={token}"),
+    pub(crate) fn environment(&self) -> String {
+        let (base, token) = (self.base(), &self.token);
+        let mut set = vec![
+            ("ACTIONS_ID_TOKEN_REQUEST_URL", format!("{base}/v1/id-token?api-version=2.0")),
+            ("ACTIONS_ID_TOKEN_REQUEST_TOKEN", token.clone()),
         ];
+        set.extend(self.own());
         let offers = self.broker.as_ref().map_or_else(|| Ok(Vec::new()), Broker::offers_to_any_job);
-        let mut regions: Vec<String> = Vec::new();
+        let mut regions: Vec<&str> = Vec::new();
         for offer in offers.iter().flatten() {
             if let Provider::Aws { region } = &offer.provider {
-                regions.push(region.clone());
+                regions.push(region);
             }
         }
         regions.sort_unstable();
         regions.dedup();
         // A broker that is away may be there when the job asks.
         if offers.is_err() || !regions.is_empty() {
-            lines.push(format!("AWS_CONTAINER_CREDENTIALS_FULL_URI={base}/v1/aws"));
-            lines.push(format!("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE={token_file}"));
-            lines.push(format!("AWS_CONTAINER_AUTHORIZATION_TOKEN={token}"));
+            set.extend(self.for_aws(format!("{base}/v1/aws")));
         }
-        if let [region] = regions.as_slice() {
-            lines.push(format!("AWS_REGION={region}"));
+        if let [region] = regions[..] {
+            set.push(("AWS_REGION", region.to_owned()));
         }
-        lines.join("\n") + "\n"
+        for kind in [Kind::Google, Kind::Azure, Kind::Vault] {
+            let mut all = offers.iter().flatten().filter(|offer| offer.provider.kind() == kind);
+            if let (Some(offer), None) = (all.next(), all.next()) {
+                match self.settings(offer) {
+                    Ok(settings) => set.extend(settings),
+                    Err(why) => crate::say(&why),
+                }
+            }
+        }
+        set.into_iter().map(|(name, value)| format!("{name}={value}\n")).collect()
+    }
+
+    /// Variables that every job has.
+    fn own(&self) -> [(&'static str, String); 2] {
+        [("MAYFLY_CREDENTIALS_URL", self.base()), ("MAYFLY_CREDENTIALS_TOKEN_FILE", self.file(TOKEN))]
+    }
+
+    /// Variables by which AWS's SDKs find credentials at this address.
+    fn for_aws(&self, url: String) -> [(&'static str, String); 3] {
+        [
+            ("AWS_CONTAINER_CREDENTIALS_FULL_URI", url),
+            // The same twice: SDKs from before the end of 2023 know the variable alone, and complain of what they do not get.
+            ("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", self.file(TOKEN)),
+            ("AWS_CONTAINER_AUTHORIZATION_TOKEN", self.token.clone()),
+        ]
+    }
+
+    /// Variables by which a provider's own SDKs find what the binding gives; the file that they need is written.
+    fn settings(&self, offer: &Offer) -> Result<Vec<(&'static str, String)>, String> {
+        let (base, name) = (self.base(), &offer.name);
+        Ok(match &offer.provider {
+            Provider::Aws { region } => {
+                let found = self.for_aws(format!("{base}/v1/aws/{name}"));
+                found.into_iter().chain([("AWS_REGION", region.clone())]).collect()
+            }
+            Provider::Google { .. } => {
+                let file = self.folder.join(GOOGLE);
+                crate::tell(&file, self.external_account(offer).to_string().as_bytes())?;
+                let file = file.display().to_string();
+                // The second is gcloud's.
+                vec![("GOOGLE_APPLICATION_CREDENTIALS", file.clone()), ("CLOUDSDK_AUTH_CREDENTIAL_FILE_OVERRIDE", file)]
+            }
+            Provider::Azure { .. } => {
+                vec![("IDENTITY_ENDPOINT", format!("{base}/v1/azure/{name}")), ("IDENTITY_HEADER", self.token.clone())]
+            }
+            Provider::Vault { address, namespace } => {
+                let namespace = namespace.iter().map(|namespace| ("VAULT_NAMESPACE", namespace.clone()));
+                [("VAULT_ADDR", address.clone())].into_iter().chain(namespace).collect()
+            }
+            Provider::GithubApp {} | Provider::AudienceToken {} => Vec::new(),
+        })
+    }
+
+    /// What Google's SDKs read of a file (google.aip.dev/auth/4117): they fetch the job's token here, and show it to Google themselves.
+    fn external_account(&self, offer: &Offer) -> Value {
+        let Provider::Google { audience, service_account, lifetime, sts_endpoint, iam_credentials_endpoint } = &offer.provider else {
+            return Value::Null;
+        };
+        let mut account = json!({
+            "type": "external_account", "audience": audience, "subject_token_type": "urn:ietf:params:oauth:token-type:jwt",
+            "token_url": format!("{sts_endpoint}/v1/token"),
+            "credential_source": {
+                "url": format!("{}/v1/subject-token/{}", self.base(), offer.name), "headers": {"Authorization": self.token},
+                "format": {"type": "json", "subject_token_field_name": "value"},
+            },
+        });
+        if let Some(name) = service_account {
+            let url = format!("{iam_credentials_endpoint}/v1/projects/-/serviceAccounts/{name}:generateAccessToken");
+            account["service_account_impersonation_url"] = json!(url);
+            account["service_account_impersonation"] = json!({"token_lifetime_seconds": lifetime});
+        }
+        account
     }
 
     /// What every request has to show.
+    #[cfg(test)]
     pub(crate) fn token(&self) -> &str {
         &self.token
     }
@@ -186,46 +287,78 @@ impl Desk {
         name.is_some_and(|name| name == "localhost" || name == self.address.ip().to_string())
     }
 
-    /// What the hook is told: where credentials are, and what of the first one the log must not show. `token_file` holds the token.
-    pub(crate) async fn introduce(self: &Arc<Self>, token_file: &str) -> String {
-        let base = format!("http://{}", self.address);
-        let mut lines = vec![
-            format!("mask {}", self.token),
-            format!("set MAYFLY_CREDENTIALS_URL={base}"),
-            format!("set MAYFLY_CREDENTIALS_TOKEN_FILE={token_file}"),
-        ];
-        let aws = self.all_aws().await.unwrap_or_default();
-        match aws[..] {
-            [] => {}
-            [(name, region)] => match self.first_aws_session(name).await {
-                Err(Trouble::Denied(why)) => lines.push(format!("say Mayfly: CredentialBinding {name} gives nothing: {why}")),
-                tried => {
-                    lines.extend(
-                        tried
-                            .iter()
-                            .flat_map(|session| [&session.secret_access_key, &session.session_token])
-                            .map(|secret| format!("mask {secret}")),
-                    );
-                    lines.push(format!("set AWS_CONTAINER_CREDENTIALS_FULL_URI={base}/v1/aws/{name}"));
-                    // The same twice: SDKs from before the end of 2023 know the variable alone, and complain of what they do not get.
-                    lines.push(format!("set AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE={token_file}"));
-                    lines.push(format!("set AWS_CONTAINER_AUTHORIZATION_TOKEN={}", self.token));
-                    lines.push(format!("set AWS_REGION={region}"));
-                    lines.push(match tried {
-                        Ok(_) => format!("say Mayfly: AWS SDKs find the credentials of CredentialBinding {name}"),
-                        // SDKs ask again, each time that they need one.
-                        Err(trouble) => format!("say Mayfly: CredentialBinding {name} gives nothing yet: {}", trouble.into_text()),
-                    });
-                }
-            },
-            _ => {
-                lines.push(format!("say Mayfly: {}", several(&aws)));
+    /// What the hook is told: where credentials are, and what of the first ones the log must not show.
+    pub(crate) async fn introduce(self: &Arc<Self>) -> String {
+        let mut lines = vec![format!("mask {}", self.token)];
+        lines.extend(self.own().map(|(name, value)| format!("set {name}={value}")));
+        let offers = self.offers().await;
+        for kind in [Kind::Aws, Kind::Google, Kind::Azure, Kind::Vault] {
+            let names: Vec<&str> = offers.iter().filter(|offer| offer.provider.kind() == kind).map(|offer| offer.name.as_str()).collect();
+            match names[..] {
+                [] => {}
+                [name] => lines.extend(self.introduce_one(name, kind).await),
+                _ => lines.push(format!("say Mayfly: {}", several(kind, &names))),
             }
         }
         if self.drawers().await.is_ok_and(HashMap::is_empty) {
             lines.push("say Mayfly: no CredentialBinding is for this job".to_owned());
         }
         lines.join("\n") + "\n"
+    }
+
+    /// What the hook is told of the one binding of its kind.
+    async fn introduce_one(self: &Arc<Self>, binding: &str, kind: Kind) -> Vec<String> {
+        let tried = self.first(binding, kind).await;
+        if let Err(Trouble::Denied(why)) = &tried {
+            if let Ok(drawer) = self.drawer(binding, |_| true).await {
+                drawer.denied.store(true, Ordering::Relaxed);
+            }
+            return vec![format!("say Mayfly: CredentialBinding {binding} gives nothing: {why}")];
+        }
+        let settings = match self.drawer(binding, |_| true).await {
+            Ok(drawer) => self.settings(&drawer.offer),
+            Err(trouble) => Err(trouble.into_text()),
+        };
+        let (set, mut tell) = match settings {
+            Ok(settings) => (settings, Vec::new()),
+            Err(why) => (Vec::new(), vec![format!("say Mayfly: {why}")]),
+        };
+        // Before anything is set that could show it.
+        let mut lines: Vec<String> = tried.iter().flatten().map(|secret| format!("mask {secret}")).collect();
+        lines.extend(set.into_iter().map(|(name, value)| format!("set {name}={value}")));
+        tell.push(match tried {
+            Ok(_) => format!("say Mayfly: {} the credentials of CredentialBinding {binding}", finder(kind)),
+            // SDKs ask again, each time that they need one.
+            Err(trouble) => format!("say Mayfly: CredentialBinding {binding} gives nothing yet: {}", trouble.into_text()),
+        });
+        lines.extend(tell);
+        lines
+    }
+
+    /// Tries whether the binding gives anything, and tells what of that is secret. What is the matter for a moment only, such as a broker
+    /// that has not seen its issuer's keys yet, is waited for as long as a hook may be kept.
+    async fn first(self: &Arc<Self>, binding: &str, kind: Kind) -> Result<Vec<String>, Trouble> {
+        // Google's SDKs exchange the token themselves.
+        let wish = match kind {
+            Kind::Google => Wish { itself: true, scope: None },
+            _ => self.drawer(binding, |found| found == kind).await?.offer.provider.usual(),
+        };
+        loop {
+            match self.get(binding, |found| found == kind, wish.clone()).await {
+                Err(Trouble::Passing(_)) if Instant::now() < self.until => tokio::time::sleep(PAUSE_EXCHANGE).await,
+                Err(trouble) => return Err(trouble),
+                Ok(kept) if kind == Kind::Aws => {
+                    let session = AwsSession::read(&kept.value)?;
+                    return Ok(vec![session.secret_access_key, session.session_token]);
+                }
+                Ok(kept) => {
+                    if kind == Kind::Vault {
+                        crate::tell(&self.folder.join(VAULT), kept.value.as_bytes()).map_err(Trouble::Passing)?;
+                    }
+                    return Ok(vec![kept.value]);
+                }
+            }
+        }
     }
 
     /// The answer of AWS's container credentials endpoint.
@@ -237,19 +370,49 @@ impl Desk {
         }))
     }
 
-    /// The same for the one binding for AWS that the job may use.
-    pub(crate) async fn only_aws(self: &Arc<Self>) -> Result<Value, Trouble> {
-        match self.all_aws().await?.as_slice() {
-            [] => Err(Trouble::Denied("no CredentialBinding that gives AWS credentials is for this job".to_owned())),
-            [(name, _)] => self.aws(name).await,
-            many => Err(Trouble::Denied(several(many))),
+    /// The one binding of this kind that the job may use.
+    async fn only(&self, kind: Kind) -> Result<&str, Trouble> {
+        let drawers = self.drawers().await?.values();
+        let mut names: Vec<&str> =
+            drawers.map(|drawer| &drawer.offer).filter(|offer| offer.provider.kind() == kind).map(|offer| offer.name.as_str()).collect();
+        names.sort_unstable();
+        match names[..] {
+            [] => Err(Trouble::Denied(format!("no CredentialBinding that gives {} is for this job", what(kind)))),
+            [name] => Ok(name),
+            _ => Err(Trouble::Denied(several(kind, &names))),
         }
     }
 
-    /// Has the job's AWS credential there before it is asked for: SDKs wait a second or two.
-    pub(crate) async fn fetch_ahead(self: &Arc<Self>) {
-        // Whoever asks for it gets the error.
-        let _ = self.only_aws().await;
+    /// The answer of AWS's endpoint for the one binding for AWS that the job may use.
+    pub(crate) async fn only_aws(self: &Arc<Self>) -> Result<Value, Trouble> {
+        self.aws(self.only(Kind::Aws).await?).await
+    }
+
+    /// Has the job's AWS credential there before it is asked for, as SDKs wait a second or two, unless a hook saw to that; and keeps its
+    /// token of Vault in a file, as nobody asks for that.
+    pub(crate) async fn keep_ready(self: &Arc<Self>) {
+        if matches!(self.identity, Identity::Operator(_)) {
+            // Whoever asks for it gets the error.
+            let _ = self.only_aws().await;
+        }
+        let Ok(binding) = self.only(Kind::Vault).await else { return };
+        if self.drawer(binding, |_| true).await.is_ok_and(|drawer| drawer.denied.load(Ordering::Relaxed)) {
+            return;
+        }
+        loop {
+            let pause = match self.get(binding, |kind| kind == Kind::Vault, Wish::default()).await {
+                Ok(kept) => match crate::tell(&self.folder.join(VAULT), kept.value.as_bytes()) {
+                    Ok(()) => kept.fresh_for(Instant::now()).max(PAUSE_FILE),
+                    Err(why) => {
+                        crate::say(&why);
+                        PAUSE_FILE
+                    }
+                },
+                Err(Trouble::Denied(why)) => return crate::say(&format!("CredentialBinding {binding} gives nothing: {why}")),
+                Err(Trouble::Passing(_)) => PAUSE_FILE,
+            };
+            tokio::time::sleep(pause).await;
+        }
     }
 
     /// What `ACTIONS_ID_TOKEN_REQUEST_URL` answers: a token of the job for this audience. Of a forge the job asks itself.
@@ -280,96 +443,134 @@ impl Desk {
         }))
     }
 
-    /// What is the matter for a moment only, such as a broker that has not seen its issuer's keys yet, is waited for as long as a hook may
-    /// be kept.
-    async fn first_aws_session(self: &Arc<Self>, binding: &str) -> Result<AwsSession, Trouble> {
-        loop {
-            match self.aws_session(binding).await {
-                Err(Trouble::Passing(_)) if Instant::now() < self.until => tokio::time::sleep(PAUSE_EXCHANGE).await,
-                tried => return tried,
-            }
-        }
-    }
-
     async fn aws_session(self: &Arc<Self>, binding: &str) -> Result<AwsSession, Trouble> {
-        AwsSession::read(&self.get(binding, |drawer| drawer.aws().is_some()).await?)
+        AwsSession::read(&self.get(binding, |kind| kind == Kind::Aws, Wish::default()).await?.value)
     }
 
-    /// A token of the job with the binding's audience, in the shape in which the forge gives it.
-    pub(crate) async fn audience_token(self: &Arc<Self>, binding: &str) -> Result<Value, Trouble> {
-        let value = self.get(binding, |drawer| drawer.aws().is_none()).await?;
-        Ok(json!({"value": value}))
+    /// What the binding gives where that is one token, in the shape in which the forge gives its own.
+    pub(crate) async fn finished_token(self: &Arc<Self>, binding: &str) -> Result<Value, Trouble> {
+        let wish = self.drawer(binding, |kind| kind != Kind::Aws).await?.offer.provider.usual();
+        Ok(json!({"value": self.get(binding, |_| true, wish).await?.value}))
+    }
+
+    /// A token of the job with the binding's audience, for SDKs that show it to their provider themselves.
+    pub(crate) async fn subject_token(self: &Arc<Self>, binding: &str) -> Result<Value, Trouble> {
+        let kept = self.get(binding, |_| true, Wish { itself: true, scope: None }).await?;
+        Ok(json!({"value": kept.value}))
+    }
+
+    /// The answer of App Service's endpoint for managed identities, for this resource.
+    pub(crate) async fn azure(self: &Arc<Self>, binding: &str, resource: &str, wanted: Option<&str>) -> Result<Value, Trouble> {
+        let drawer = self.drawer(binding, |kind| kind == Kind::Azure).await?;
+        let Provider::Azure { client_id, scopes } = &drawer.offer.provider else {
+            return Err(Trouble::Denied("no such binding".to_owned()));
+        };
+        if wanted.is_some_and(|wanted| wanted != client_id) {
+            return Err(Trouble::Denied(format!("CredentialBinding {binding} is for the client {client_id}")));
+        }
+        let has = |resource: &str| scopes.iter().find(|scope| scope.strip_suffix("/.default") == Some(resource));
+        let scope = has(resource).or_else(|| has(resource.trim_end_matches('/')));
+        let scope =
+            scope.ok_or_else(|| Trouble::Denied(format!("CredentialBinding {binding} has only the scopes {}", scopes.join(", "))))?;
+        let wish = Wish { itself: false, scope: Some(scope.clone()) };
+        let kept = self.get(binding, |kind| kind == Kind::Azure, wish).await?;
+        let until = SystemTime::now() + kept.left(Instant::now());
+        let until = until.duration_since(SystemTime::UNIX_EPOCH).map_err(|error| Trouble::Passing(error.to_string()))?;
+        Ok(json!({
+            "access_token": kept.value, "expires_on": until.as_secs().to_string(), "resource": resource, "token_type": "Bearer",
+            "client_id": client_id,
+        }))
     }
 
     /// What the binding gives, from the drawer where that is good for a while: SDKs wait a second for an answer, and clouds take longer.
-    async fn get(self: &Arc<Self>, binding: &str, fits: impl Fn(&Drawer) -> bool) -> Result<String, Trouble> {
+    async fn get(self: &Arc<Self>, binding: &str, fits: impl Fn(Kind) -> bool, wish: Wish) -> Result<Kept, Trouble> {
         let drawer = self.drawer(binding, fits).await?;
         let now = Instant::now();
-        if let Some(kept) = drawer.kept().filter(|kept| kept.left(now) > LEAST) {
+        if let Some(kept) = drawer.kept(&wish).filter(|kept| kept.left(now) > LEAST) {
             if !kept.is_fresh(now)
                 && let Ok(turn) = drawer.renewing.clone().try_lock_owned()
             {
                 let (desk, name) = (self.clone(), binding.to_owned());
                 // What is kept is good as long as it lasts: the next request tries again.
-                drop(tokio::task::spawn_blocking(move || (desk.renew(&name).map(drop), turn)));
+                drop(tokio::task::spawn_blocking(move || (desk.renew(&name, wish).map(drop), turn)));
             }
-            return Ok(kept.value);
+            return Ok(kept);
         }
         let turn = drawer.renewing.clone().lock_owned().await;
-        if let Some(kept) = drawer.kept().filter(|kept| kept.is_fresh(Instant::now())) {
-            return Ok(kept.value);
+        if let Some(kept) = drawer.kept(&wish).filter(|kept| kept.is_fresh(Instant::now())) {
+            return Ok(kept);
         }
         let (desk, name) = (self.clone(), binding.to_owned());
-        let renewed = tokio::task::spawn_blocking(move || (desk.renew(&name), turn)).await;
+        let renewed = tokio::task::spawn_blocking(move || (desk.renew(&name, wish), turn)).await;
         renewed.map_err(|error| Trouble::Passing(error.to_string()))?.0
     }
 
     /// One token of the job for one credential. Blocks.
-    fn renew(&self, binding: &str) -> Result<String, Trouble> {
+    fn renew(&self, binding: &str, wish: Wish) -> Result<Kept, Trouble> {
         let none = || Trouble::Denied("no such binding".to_owned());
         let drawer = self.drawers.get().and_then(|known| known.as_ref().ok()?.get(binding)).ok_or_else(none)?;
         let broker = self.broker.as_ref().ok_or_else(none)?;
         let token = self.identity.token_for(&drawer.offer.audience)?;
         let from = Instant::now();
-        let granted = broker.exchange(binding, &token)?;
+        let granted = broker.exchange(binding, &token, &wish)?;
         let kept = Kept { value: granted.access_token, from, until: from + Duration::from_secs(granted.expires_in) };
-        *drawer.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(kept.clone());
-        Ok(kept.value)
+        drawer.kept.lock().unwrap_or_else(PoisonError::into_inner).insert(wish, kept.clone());
+        Ok(kept)
     }
 }
 
 fn drawers(offers: Vec<Offer>) -> Drawers {
-    let empty = |offer| Drawer { offer, kept: Mutex::default(), renewing: Arc::default() };
+    let empty = |offer| Drawer { offer, kept: Mutex::default(), denied: AtomicBool::new(false), renewing: Arc::default() };
     offers.into_iter().map(|offer| (offer.name.clone(), empty(offer))).collect()
 }
 
-/// What to do where more than one binding gives AWS credentials.
-fn several(aws: &[(&str, &str)]) -> String {
-    let names = aws.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
-    format!(
-        "several CredentialBindings give AWS credentials ({names}): set AWS_CONTAINER_CREDENTIALS_FULL_URI to \
-         $MAYFLY_CREDENTIALS_URL/v1/aws/NAME, and AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE to $MAYFLY_CREDENTIALS_TOKEN_FILE, or a profile's \
-         credential_process to `mayfly-credentials NAME`"
-    )
+/// What a kind of binding gives, in words.
+fn what(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Aws => "AWS credentials",
+        Kind::Google => "tokens of Google",
+        Kind::Azure => "tokens of Azure",
+        Kind::Vault => "tokens of Vault",
+        Kind::GithubApp => "tokens of a GitHub App",
+        Kind::AudienceToken => "tokens",
+    }
+}
+
+/// Who finds what it gives.
+fn finder(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Aws => "AWS SDKs find",
+        Kind::Google => "Google's SDKs find",
+        Kind::Azure => "Azure's SDKs find",
+        Kind::Vault => "clients of Vault find",
+        Kind::GithubApp | Kind::AudienceToken => "steps find",
+    }
+}
+
+/// What to do where more than one binding of a kind is for the job.
+fn several(kind: Kind, names: &[&str]) -> String {
+    let choose = match kind {
+        Kind::Aws => {
+            "set AWS_CONTAINER_CREDENTIALS_FULL_URI to $MAYFLY_CREDENTIALS_URL/v1/aws/NAME, and AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE to \
+             $MAYFLY_CREDENTIALS_TOKEN_FILE, or a profile's credential_process to `mayfly-credentials NAME`"
+        }
+        Kind::Azure => {
+            "set IDENTITY_ENDPOINT to $MAYFLY_CREDENTIALS_URL/v1/azure/NAME, and IDENTITY_HEADER to what is in $MAYFLY_CREDENTIALS_TOKEN_FILE"
+        }
+        Kind::Google | Kind::Vault | Kind::GithubApp | Kind::AudienceToken => "ask $MAYFLY_CREDENTIALS_URL/v1/token/NAME",
+    };
+    format!("several CredentialBindings give {} ({}): {choose}", what(kind), names.join(", "))
 }
 
 impl Drawer {
-    fn kept(&self) -> Option<Kept> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// Name and region of a binding for AWS.
-    fn aws(&self) -> Option<(&str, &str)> {
-        match &self.offer.provider {
-            Provider::Aws { region } => Some((&self.offer.name, region)),
-            Provider::AudienceToken {} => None,
-        }
+    fn kept(&self, wish: &Wish) -> Option<Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).get(wish).cloned()
     }
 }
 
 #[cfg(test)]
 pub(super) mod tests {
-    use std::path::Path;
+    use std::sync::atomic::AtomicU64;
 
     use super::super::identity::HandedOver;
     use super::*;
@@ -384,7 +585,11 @@ pub(super) mod tests {
         let broker = Broker::new("https://127.0.0.1:1", &authority, Path::new("/nowhere")).expect("a broker");
         let offer = |name: &str, provider: &Provider| Offer { name: name.to_owned(), audience: "a".to_owned(), provider: provider.clone() };
         let offers = bindings.iter().map(|(name, provider, _)| offer(name, provider)).collect();
-        let mut desk = Desk::waiting(identity, Some(broker), "127.0.0.1:4711".parse().expect("an address")).expect("a desk");
+        static DESKS: AtomicU64 = AtomicU64::new(0);
+        let number = DESKS.fetch_add(1, Ordering::Relaxed);
+        let folder = std::env::temp_dir().join(format!("mayfly-gate-desk-{}-{number}", std::process::id()));
+        std::fs::create_dir_all(&folder).expect("a folder");
+        let mut desk = Desk::waiting(identity, Some(broker), "127.0.0.1:4711".parse().expect("an address"), &folder).expect("a desk");
         desk.until = Instant::now();
         assert!(desk.drawers.set(Ok(drawers(offers))).is_ok());
         let from = Instant::now();
@@ -397,7 +602,10 @@ pub(super) mod tests {
 
     fn fill(desk: &Desk, name: &str, kept: Kept) {
         let drawers = desk.drawers.get().and_then(|known| known.as_ref().ok()).expect("drawers");
-        *drawers[name].kept.lock().expect("a drawer") = Some(kept);
+        // As SDKs ask for it, those of Google as well.
+        for wish in [drawers[name].offer.provider.usual(), Wish { itself: true, scope: None }] {
+            drawers[name].kept.lock().expect("a drawer").insert(wish, kept.clone());
+        }
     }
 
     pub(crate) fn aws() -> Provider {
@@ -411,9 +619,9 @@ pub(super) mod tests {
     #[tokio::test]
     async fn one_binding_for_aws_is_what_sdks_find() {
         let desk = desk(&[("deploy", aws(), SESSION), ("other", Provider::AudienceToken {}, "a.b.c")]);
-        let lines = desk.introduce("/run/mayfly/credentials-token").await;
+        let lines = desk.introduce().await;
         assert!(lines.contains("set AWS_CONTAINER_CREDENTIALS_FULL_URI=http://127.0.0.1:4711/v1/aws/deploy\n"), "{lines}");
-        assert!(lines.contains("set AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE=/run/mayfly/credentials-token\n"), "{lines}");
+        assert!(lines.contains(&format!("set AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE={}\n", desk.file(TOKEN))), "{lines}");
         assert!(lines.contains("set AWS_REGION=eu-central-1\n"), "{lines}");
         let shown = |secret: &str| lines.lines().filter(|line| line.contains(secret)).map(str::to_owned).collect::<Vec<_>>();
         for secret in ["hunter2", "hunter3"] {
@@ -427,18 +635,50 @@ pub(super) mod tests {
     }
 
     #[tokio::test]
+    async fn one_binding_of_each_kind_is_what_the_sdks_of_that_kind_find() {
+        let (audience, service_account) = ("//iam.googleapis.com/p".to_owned(), Some("deploy@acme.iam.gserviceaccount.com".to_owned()));
+        let (sts_endpoint, iam_credentials_endpoint) = ("https://sts.example".to_owned(), "https://iam.example".to_owned());
+        let google = Provider::Google { audience, service_account, lifetime: 900, sts_endpoint, iam_credentials_endpoint };
+        let azure = Provider::Azure { client_id: "c-1".to_owned(), scopes: vec!["https://management.azure.com/.default".to_owned()] };
+        let vault = Provider::Vault { address: "https://vault.example".to_owned(), namespace: Some("team".to_owned()) };
+        let desk = desk(&[("g", google, "hunter4"), ("a", azure, "hunter5"), ("v", vault, "hunter6")]);
+        let lines = desk.introduce().await;
+        let set =
+            |name: &str| lines.lines().find_map(|line| line.strip_prefix("set ")?.strip_prefix(name)?.strip_prefix('=')).map(str::to_owned);
+        assert_eq!(set("IDENTITY_ENDPOINT").as_deref(), Some("http://127.0.0.1:4711/v1/azure/a"));
+        assert_eq!(set("IDENTITY_HEADER").as_deref(), Some(desk.token()));
+        assert_eq!((set("VAULT_ADDR").as_deref(), set("VAULT_NAMESPACE").as_deref()), (Some("https://vault.example"), Some("team")));
+        assert_eq!(set("CLOUDSDK_AUTH_CREDENTIAL_FILE_OVERRIDE"), set("GOOGLE_APPLICATION_CREDENTIALS"));
+        for secret in ["hunter4", "hunter5", "hunter6"] {
+            let shown: Vec<&str> = lines.lines().filter(|line| line.contains(secret)).collect();
+            assert_eq!(shown, [format!("mask {secret}")]);
+        }
+        assert_eq!(std::fs::read_to_string(desk.file(VAULT)).expect("a file"), "hunter6");
+        let file = std::fs::read_to_string(set("GOOGLE_APPLICATION_CREDENTIALS").expect("a path")).expect("a file");
+        assert!(!file.contains("hunter"), "{file}");
+        let account: Value = serde_json::from_str(&file).expect("JSON");
+        assert_eq!(account["credential_source"]["url"], "http://127.0.0.1:4711/v1/subject-token/g");
+        assert_eq!(account["credential_source"]["headers"]["Authorization"], desk.token());
+        assert_eq!((&account["type"], &account["token_url"]), (&json!("external_account"), &json!("https://sts.example/v1/token")));
+        let url = "https://iam.example/v1/projects/-/serviceAccounts/deploy@acme.iam.gserviceaccount.com:generateAccessToken";
+        assert_eq!(account["service_account_impersonation_url"], url);
+        assert_eq!(account["service_account_impersonation"]["token_lifetime_seconds"], 900);
+        assert!(lines.ends_with("say Mayfly: clients of Vault find the credentials of CredentialBinding v\n"), "{lines}");
+    }
+
+    #[tokio::test]
     async fn several_are_named_and_none_is_chosen() {
         let own = ["MAYFLY_CREDENTIALS_URL", "MAYFLY_CREDENTIALS_TOKEN_FILE"];
-        let lines = desk(&[("deploy", aws(), SESSION), ("backup", aws(), SESSION)]).introduce("/file").await;
+        let lines = desk(&[("deploy", aws(), SESSION), ("backup", aws(), SESSION)]).introduce().await;
         assert_eq!(settings(&lines), own);
         assert!(lines.contains("(backup, deploy)"), "{lines}");
-        let lines = desk(&[]).introduce("/file").await;
+        let lines = desk(&[]).introduce().await;
         assert!(lines.contains("no CredentialBinding is for this job"), "{lines}");
     }
 
     #[tokio::test]
     async fn where_the_broker_is_away_sdks_ask_again() {
-        let lines = desk(&[("deploy", aws(), "")]).introduce("/file").await;
+        let lines = desk(&[("deploy", aws(), "")]).introduce().await;
         assert!(lines.contains("set AWS_CONTAINER_CREDENTIALS_FULL_URI=http://127.0.0.1:4711/v1/aws/deploy\n"), "{lines}");
         assert!(lines.contains("say Mayfly: CredentialBinding deploy gives nothing yet: "), "{lines}");
     }

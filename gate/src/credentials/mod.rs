@@ -32,8 +32,6 @@ pub(crate) use broker::Trouble;
 pub(crate) use desk::Desk;
 use identity::{HandedOver, Identity};
 
-/// What a request on loopback has to show, in the file of this name.
-const TOKEN: &str = "credentials-token";
 /// Variables for the job's steps, a line each, for runners that are told them before they have a job.
 const ENVIRONMENT: &str = "environment";
 /// Longest identity that is read, in bytes.
@@ -58,9 +56,9 @@ pub(crate) struct Settings {
 
 /// Where a job's hook and the gate meet. It is there before the job is told to begin.
 pub(crate) struct Counter {
+    folder: PathBuf,
     identity: PathBuf,
     credentials: PathBuf,
-    token: PathBuf,
 }
 
 impl Counter {
@@ -71,7 +69,7 @@ impl Counter {
     pub(crate) fn open(folder: &Path) -> Result<Self, String> {
         let (identity, credentials) = (folder.join("identity"), folder.join("credentials"));
         pipe::make(&identity, Mode::RUSR | Mode::WGRP)?;
-        Ok(Self { identity, credentials, token: folder.join(TOKEN) })
+        Ok(Self { folder: folder.to_owned(), identity, credentials })
     }
 
     /// Waits for the hook, tells it what there is, and gives it to the job's steps as long as the pod lives.
@@ -83,12 +81,12 @@ impl Counter {
         // Whatever comes of it, the hook waits for a word.
         pipe::make(&self.credentials, Mode::WUSR | Mode::RGRP)?;
         let prepared = handed.and_then(|handed| self.prepare(settings, &handed));
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| error.to_string())?;
+        let runtime = runtime()?;
         let tell = |lines: String| pipe::write(pipe::open(&self.credentials)?, &self.credentials, lines.as_bytes());
         match prepared {
             Ok((listener, desk)) => {
-                tell(runtime.block_on(desk.introduce(&self.token.display().to_string())))?;
-                runtime.block_on(server::serve(listener, desk))
+                tell(runtime.block_on(desk.introduce()))?;
+                runtime.block_on(serve(listener, desk))
             }
             Err(why) => {
                 tell(format!("say Mayfly: no credentials: {why}\n"))?;
@@ -101,9 +99,7 @@ impl Counter {
         let identity = Identity::Forge(HandedOver::read(handed, settings.forge_ca.as_deref().unwrap_or_default())?);
         let broker = settings.broker()?;
         let (listener, address) = loopback()?;
-        let desk = Desk::open(identity, broker, address)?;
-        crate::tell(&self.token, desk.token().as_bytes())?;
-        Ok((listener, Arc::new(desk)))
+        Ok((listener, Arc::new(Desk::open(identity, broker, address, &self.folder)?)))
     }
 }
 
@@ -116,6 +112,15 @@ impl Settings {
 fn loopback() -> Result<(TcpListener, SocketAddr), String> {
     let bound = TcpListener::bind("127.0.0.1:0").and_then(|listener| Ok((listener.local_addr()?, listener)));
     bound.map(|(address, listener)| (listener, address)).map_err(|error| format!("loopback: {error}"))
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime, String> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| error.to_string())
+}
+
+/// Answers, and has ready what is not asked for, as long as the pod lives.
+async fn serve(listener: TcpListener, desk: Arc<Desk>) -> Result<Infallible, String> {
+    tokio::join!(server::serve(listener, desk.clone()), desk.keep_ready()).0
 }
 
 /// Tokens of the operator and what comes of them, for a job that is not known yet.
@@ -131,10 +136,9 @@ impl Arranged {
     /// When that cannot be written, or loopback cannot be listened on.
     pub(crate) fn open(folder: &Path, client: Arc<Client>, settings: Option<&Settings>) -> Result<Self, String> {
         let (listener, address) = loopback()?;
-        let desk = Arc::new(Desk::waiting(Identity::Operator(client), settings.map(Settings::broker).transpose()?, address)?);
-        let token = folder.join(TOKEN);
-        crate::tell(&token, desk.token().as_bytes())?;
-        crate::tell(&folder.join(ENVIRONMENT), desk.environment(&token.display().to_string()).as_bytes())?;
+        let broker = settings.map(Settings::broker).transpose()?;
+        let desk = Arc::new(Desk::waiting(Identity::Operator(client), broker, address, folder)?);
+        crate::tell(&folder.join(ENVIRONMENT), desk.environment().as_bytes())?;
         Ok(Self { listener, desk })
     }
 
@@ -145,9 +149,7 @@ impl Arranged {
 
     /// Serves as long as the pod lives.
     pub(crate) fn serve(self) -> Result<Infallible, String> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|error| error.to_string())?;
-        let Self { listener, desk } = self;
-        runtime.block_on(async { tokio::join!(server::serve(listener, desk.clone()), desk.fetch_ahead()).0 })
+        runtime()?.block_on(serve(self.listener, self.desk))
     }
 }
 

@@ -15,6 +15,9 @@ use serde_json::{Value, json};
 use super::broker::Trouble;
 use super::desk::Desk;
 
+/// Where SDKs of Azure show what they found in `IDENTITY_HEADER`.
+const IDENTITY_HEADER: HeaderName = HeaderName::from_static("x-identity-header");
+
 /// Serves as long as the pod lives.
 pub(crate) async fn serve(listener: TcpListener, desk: Arc<Desk>) -> Result<Infallible, String> {
     let serve = async {
@@ -42,8 +45,13 @@ pub(super) fn router(desk: Arc<Desk>) -> Router {
         )
         .route(
             "/v1/token/{binding}",
-            get(async |State(desk): State<Arc<Desk>>, Path(binding): Path<String>| answer(desk.audience_token(&binding).await)),
+            get(async |State(desk): State<Arc<Desk>>, Path(binding): Path<String>| answer(desk.finished_token(&binding).await)),
         )
+        .route(
+            "/v1/subject-token/{binding}",
+            get(async |State(desk): State<Arc<Desk>>, Path(binding): Path<String>| answer(desk.subject_token(&binding).await)),
+        )
+        .route("/v1/azure/{binding}", get(azure))
         .layer(middleware::from_fn_with_state(desk.clone(), guard))
         .with_state(desk)
 }
@@ -58,6 +66,28 @@ async fn id_token(State(desk): State<Arc<Desk>>, RawQuery(query): RawQuery) -> R
     }
 }
 
+/// What SDKs of Azure find at `IDENTITY_ENDPOINT` (learn.microsoft.com, "How to use managed identities for App Service", REST endpoint
+/// reference, 2019-08-01).
+async fn azure(State(desk): State<Arc<Desk>>, Path(binding): Path<String>, RawQuery(query): RawQuery) -> Response {
+    let pairs = form_urlencoded::parse(query.as_deref().unwrap_or_default().as_bytes());
+    let (mut resource, mut client_id) = (None, None);
+    for (name, value) in pairs {
+        let place = match name.as_ref() {
+            "api-version" => continue,
+            "resource" => &mut resource,
+            "client_id" | "clientid" => &mut client_id,
+            _ => return refusal(StatusCode::BAD_REQUEST, "BadRequest", "an identity is chosen by client_id, or by the binding alone"),
+        };
+        if place.replace(value.into_owned()).is_some() {
+            return refusal(StatusCode::BAD_REQUEST, "BadRequest", "a parameter comes twice");
+        }
+    }
+    match resource.filter(|resource| !resource.is_empty()) {
+        Some(resource) => answer(desk.azure(&binding, &resource, client_id.as_deref()).await),
+        None => refusal(StatusCode::BAD_REQUEST, "BadRequest", "name a resource: ?resource=..."),
+    }
+}
+
 /// Nobody is served who does not show the token, or who came here by another name.
 async fn guard(State(desk): State<Arc<Desk>>, request: Request, next: Next) -> Response {
     match admitted(&desk, request.headers()) {
@@ -67,15 +97,15 @@ async fn guard(State(desk): State<Arc<Desk>>, request: Request, next: Next) -> R
 }
 
 fn admitted(desk: &Desk, headers: &HeaderMap) -> Result<(), Box<Response>> {
-    let one = |name: HeaderName| {
-        let mut all = headers.get_all(name).iter();
+    let one = |names: &[HeaderName]| {
+        let mut all = names.iter().flat_map(|name| headers.get_all(name));
         all.next().filter(|_| all.next().is_none())
     };
-    if !one(header::HOST).and_then(|host| host.to_str().ok()).is_some_and(|host| desk.is_at(host)) {
+    if !one(&[header::HOST]).and_then(|host| host.to_str().ok()).is_some_and(|host| desk.is_at(host)) {
         let why = "this is not the host that was asked for";
         return Err(Box::new(refusal(StatusCode::MISDIRECTED_REQUEST, "WrongHost", why)));
     }
-    if !one(header::AUTHORIZATION).is_some_and(|shown| desk.admits(shown.as_bytes())) {
+    if !one(&[header::AUTHORIZATION, IDENTITY_HEADER]).is_some_and(|shown| desk.admits(shown.as_bytes())) {
         let why = "the file MAYFLY_CREDENTIALS_TOKEN_FILE holds what to show as Authorization";
         return Err(Box::new(refusal(StatusCode::UNAUTHORIZED, "Unauthorized", why)));
     }
@@ -129,6 +159,37 @@ mod tests {
             let process: Value = serde_json::from_str(SESSION).expect("JSON");
             assert_eq!(ask(&desk, "/v1/credential-process/deploy", &headers).await, (200, process));
         }
+    }
+
+    #[tokio::test]
+    async fn an_sdk_of_azure_gets_a_token_for_what_the_binding_has() {
+        let (scopes, client_id) = (vec!["https://management.azure.com/.default".to_owned()], "c-1".to_owned());
+        let desk = desk(&[("deploy", Provider::Azure { client_id, scopes }, "a.b.c")]);
+        let identity = HeaderName::from_static("x-identity-header");
+        let headers = [(header::HOST, "127.0.0.1:4711"), (identity.clone(), desk.token())];
+        let path = "/v1/azure/deploy?api-version=2019-08-01&resource=https%3A%2F%2Fmanagement.azure.com";
+        for path in [path.to_owned(), format!("{path}%2F"), format!("{path}&client_id=c-1")] {
+            let (status, body) = ask(&desk, &path, &headers).await;
+            assert_eq!((status, &body["access_token"], &body["token_type"]), (200, &json!("a.b.c"), &json!("Bearer")), "{body}");
+            let until: u64 = body["expires_on"].as_str().and_then(|text| text.parse().ok()).expect("a time");
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("a time").as_secs();
+            assert!((now + 3500..=now + 3600).contains(&until), "{until}");
+        }
+        for (path, wanted) in [
+            ("/v1/azure/deploy".to_owned(), 400),
+            ("/v1/azure/deploy?resource=".to_owned(), 400),
+            ("/v1/azure/deploy?resource=https%3A%2F%2Fvault.azure.net".to_owned(), 403),
+            (format!("{path}&client_id=c-2"), 403),
+            (format!("{path}&mi_res_id=x"), 400),
+            (format!("{path}&resource=https%3A%2F%2Fmanagement.azure.com"), 400),
+        ] {
+            let (status, body) = ask(&desk, &path, &headers).await;
+            assert_eq!(status, wanted, "{path}: {body}");
+            assert!(!body.to_string().contains("a.b.c"));
+        }
+        let twice = [headers[0].clone(), headers[1].clone(), (header::AUTHORIZATION, desk.token())];
+        assert_eq!(ask(&desk, path, &twice).await.0, 401, "shown in two places");
+        assert_eq!(ask(&desk, path, &[headers[0].clone(), (identity, "wrong")]).await.0, 401);
     }
 
     #[tokio::test]

@@ -10,7 +10,7 @@ use std::thread::{self, JoinHandle};
 
 use jiff::Timestamp;
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tokio::sync::{mpsc, oneshot};
 
@@ -39,6 +39,51 @@ pub(crate) enum Action {
     /// A credential was asked for, and refused.
     #[serde(rename = "credential.denied")]
     CredentialDenied,
+    /// A credential was ended before its time, or could not be.
+    #[serde(rename = "credential.revoked")]
+    CredentialRevoked,
+    /// A pod was made for a runner, or refused.
+    #[serde(rename = "runner.started")]
+    RunnerStarted,
+    /// A runner's registration is about to leave for its pod.
+    #[serde(rename = "runner.registered")]
+    RunnerRegistered,
+    /// A runner's pod was deleted: its job is over, or it failed.
+    #[serde(rename = "runner.completed")]
+    RunnerCompleted,
+    /// A registration was removed at the forge, or is left to the sweep.
+    #[serde(rename = "runner.removed")]
+    RunnerRemoved,
+    /// A registration that no pod stands behind was removed by the sweep.
+    #[serde(rename = "runner.swept")]
+    RunnerSwept,
+    /// The pool accepts the job that a runner took.
+    #[serde(rename = "job.matched")]
+    JobMatched,
+    /// The pool does not serve a job.
+    #[serde(rename = "job.refused")]
+    JobRefused,
+    /// A pod is not, or not any more, shown to be isolated.
+    #[serde(rename = "isolation.breached")]
+    IsolationBreached,
+    /// A RunnerPool is new.
+    #[serde(rename = "pool.created")]
+    PoolCreated,
+    /// A RunnerPool has another spec.
+    #[serde(rename = "pool.changed")]
+    PoolChanged,
+    /// A RunnerPool is gone, and all that was its.
+    #[serde(rename = "pool.deleted")]
+    PoolDeleted,
+    /// A CredentialBinding is new.
+    #[serde(rename = "binding.created")]
+    BindingCreated,
+    /// A CredentialBinding has another spec.
+    #[serde(rename = "binding.changed")]
+    BindingChanged,
+    /// A CredentialBinding is gone.
+    #[serde(rename = "binding.deleted")]
+    BindingDeleted,
 }
 
 /// The request that caused it.
@@ -54,9 +99,9 @@ pub(crate) struct Request {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct Event {
     pub(crate) action: Action,
-    /// Who did it: the pod.
+    /// Who did it: a pod, or the controller.
     pub(crate) actor: Value,
-    /// To what: the binding.
+    /// To what: a binding, a pool, a runner, a job.
     pub(crate) target: Value,
     /// Within what: namespace and pool.
     pub(crate) scope: Value,
@@ -66,6 +111,27 @@ pub(crate) struct Event {
     pub(crate) metadata: Value,
     pub(crate) success: bool,
     pub(crate) request: Request,
+}
+
+impl Event {
+    /// What this program did of itself, to what is in this namespace and, where it is named, pool.
+    pub(crate) fn of_controller(instance: Option<&str>, action: Action, namespace: &str, pool: Option<&str>, target: Value) -> Self {
+        Self {
+            action,
+            actor: json!({"kind": "Controller", "name": instance}),
+            target,
+            scope: json!({"namespace": namespace, "pool": pool}),
+            payload: json!({}),
+            metadata: json!({"program": concat!("mayfly/", env!("CARGO_PKG_VERSION"))}),
+            success: true,
+            request: Request { id: uuid(), ip_address: None },
+        }
+    }
+
+    /// With what it was about, and how it went.
+    pub(crate) fn about(self, payload: Value, success: bool) -> Self {
+        Self { payload, success, ..self }
+    }
 }
 
 /// An event as it is written.
@@ -127,6 +193,14 @@ impl Audit {
             }
         });
         Self(Arc::new(Writer { waiting: Some(waiting), thread: Some(thread) }))
+    }
+
+    /// Writes a record, and tells the log where that fails: for what happens anyway.
+    pub(crate) async fn tell(&self, event: Event) {
+        let action = event.action;
+        if let Err(error) = self.write(event).await {
+            tracing::error!(%error, ?action, "what happened is not recorded");
+        }
     }
 
     /// Writes a record. When this returns without an error, the record is where it cannot be lost with the process.

@@ -15,14 +15,18 @@ use jiff::Timestamp;
 use kube::CustomResourceExt;
 use mayfly_crds::{CredentialBinding, RunnerPool};
 
-use crate::audit::{self, Filter, Format, Shown, Verification};
+use crate::audit::{self as records, Filter, Format, Shown, Verification};
+use crate::credentials::Configured;
 use crate::isolation::{ClusterFacts, Dialect, cluster_wide_denial, nameservers};
 use crate::runner::{BrokerAccess, PodSettings};
 
+mod audit;
 mod broker;
 
-use broker::read_issuers;
-pub(crate) use broker::{AuditTo, BrokerArgs, BrokerSettings};
+use audit::AuditArgs;
+pub(crate) use audit::AuditTo;
+pub(crate) use broker::{BrokerArgs, BrokerSettings};
+use broker::{read_github_apps, read_issuers};
 
 /// Where a pod is told whom to ask for names.
 const RESOLV_CONF: &str = "/etc/resolv.conf";
@@ -229,6 +233,9 @@ pub(crate) struct ControllerArgs {
     /// YAML file with the issuers that the broker trusts: bindings tell whether theirs is among them.
     #[arg(long, env = "MAYFLY_ISSUERS_FILE", requires = "broker_service")]
     issuers_file: Option<PathBuf>,
+    /// YAML file with the GitHub Apps that the broker can sign for: bindings tell whether theirs is among them, and where its key is.
+    #[arg(long, env = "MAYFLY_GITHUB_APPS_FILE", requires = "issuers_file")]
+    github_apps_file: Option<PathBuf>,
     /// Address at which the world finds this operator's OIDC issuer, for pools with jobIdentity.issuer Mayfly: https, and to the letter what
     /// tokens say. Its documents are served where webhooks arrive. Without it no pool can have that.
     #[arg(long, env = "MAYFLY_IDENTITY_ISSUER", value_parser = issuer)]
@@ -242,6 +249,8 @@ pub(crate) struct ControllerArgs {
     /// Seconds between two looks at a forge when no webhook comes.
     #[arg(long, env = "MAYFLY_POLL_SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     poll_seconds: u64,
+    #[command(flatten)]
+    audit: AuditArgs,
 }
 
 /// Everything the controller was told.
@@ -267,8 +276,8 @@ pub(crate) struct Settings {
     pub(crate) forge_proxy: Option<String>,
     /// User name of the broker's account; `None` where there is no broker.
     pub(crate) broker_account: Option<String>,
-    /// Issuers that the broker trusts; `None` where there is no broker.
-    pub(crate) issuers: Option<Vec<String>>,
+    /// What bindings have to know of the broker; `None` where there is none.
+    pub(crate) broker_knows: Option<Configured>,
     pub(crate) poll_interval: Duration,
     pub(crate) cilium_namespace: String,
     /// User name of the sentinels' account.
@@ -277,6 +286,7 @@ pub(crate) struct Settings {
     pub(crate) sentinel_pods: String,
     pub(crate) outside_sentinels: Vec<SocketAddr>,
     pub(crate) api_server: Option<SocketAddr>,
+    pub(crate) audit: AuditTo,
 }
 
 impl ControllerArgs {
@@ -298,8 +308,11 @@ impl ControllerArgs {
         }
         let host = format!("{}.{}.svc", self.gate_service, self.namespace);
         let admission_name = format!("{}.{}.svc", self.admission_service, self.namespace);
-        let issuers = match &self.issuers_file {
-            Some(path) => Some(read_issuers(path)?.into_iter().map(|issuer| issuer.issuer).collect()),
+        let broker_knows = match &self.issuers_file {
+            Some(path) => Some(Configured {
+                issuers: read_issuers(path)?.into_iter().map(|issuer| issuer.issuer).collect(),
+                apps: read_github_apps(self.github_apps_file.as_deref())?,
+            }),
             None => None,
         };
         let account = |name: &str| format!("system:serviceaccount:{}:{name}", self.namespace);
@@ -354,7 +367,7 @@ impl ControllerArgs {
             forge_ca,
             forge_proxy: self.forge_proxy,
             broker_account,
-            issuers,
+            broker_knows,
             poll_interval: Duration::from_secs(self.poll_seconds),
             cilium_namespace: self.cilium_namespace,
             sentinel_account,
@@ -362,6 +375,7 @@ impl ControllerArgs {
             sentinel_pods,
             outside_sentinels: self.outside_sentinels,
             api_server: self.api_server_host.map(|host| (host, self.api_server_port).into()),
+            audit: self.audit.settings()?,
         })
     }
 }
@@ -446,9 +460,9 @@ fn show_audit(args: AuditShow) -> Result<()> {
         for (n, file) in files.iter().enumerate() {
             let named = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", file.display()));
             match file.to_str() {
-                Some("-") => audit::show(io::stdin().lock(), &mut shown)?,
-                _ if follow && n == last => audit::follow(file, &mut shown).map_err(named)?,
-                _ => audit::show(fs::File::open(file).map_err(named)?, &mut shown)?,
+                Some("-") => records::show(io::stdin().lock(), &mut shown)?,
+                _ if follow && n == last => records::follow(file, &mut shown).map_err(named)?,
+                _ => records::show(fs::File::open(file).map_err(named)?, &mut shown)?,
             }
         }
         Ok(())

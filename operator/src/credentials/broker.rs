@@ -10,6 +10,7 @@ use axum::extract::{ConnectInfo, DefaultBodyLimit, RawQuery, State};
 use axum::http::{HeaderMap, header};
 use axum::response::Response;
 use axum::routing::{get, post};
+use futures::StreamExt as _;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
@@ -26,6 +27,7 @@ use super::issuers::{Issuers, VerifyError};
 use super::providers::{Credential, Order, ProviderError, Providers, session_name};
 use super::replay::{Replay, SpentKey};
 use super::report::Reports;
+use super::revoke::{Owed, Revocations};
 use super::token::Claims;
 use super::wire::{MAX_BODY, TokenRequest, denied, granted, offered};
 use crate::audit::{Action, Audit, Event, Request};
@@ -40,6 +42,9 @@ const REQUEST: Duration = Duration::from_secs(25);
 /// Answers kept for a pod that asks again: as many, and so long as a token of the longest sound life.
 const ANSWERS: u64 = 10_000;
 const ANSWER_LIFE: Duration = Duration::from_secs(900);
+/// Between two looks at which pods have ended, and revocations at the same time.
+const LOOK: Duration = Duration::from_millis(500);
+const REVOCATIONS: usize = 16;
 /// A credential may be dated so much later than was ordered, in seconds: clocks differ.
 const SLACK: i64 = 60;
 
@@ -63,8 +68,9 @@ pub(crate) struct Broker {
     audit: Audit,
     metrics: Metrics,
     replay: Mutex<Replay>,
-    /// By spent token and the binding's generation: a pod that asks again, or twice at once, gets the one answer.
-    answers: moka::sync::Cache<(SpentKey, i64), Arc<OnceCell<Credential>>>,
+    /// By spent token, the binding's generation and what was wanted: a pod that asks again, or twice at once, gets the one answer.
+    answers: moka::sync::Cache<(SpentKey, i64, String), Arc<OnceCell<Credential>>>,
+    revocations: Revocations,
     started: i64,
     alone: bool,
     reports: Option<Reports>,
@@ -98,6 +104,7 @@ impl Broker {
             metrics: parts.metrics,
             replay: Mutex::new(Replay::new(parts.remembered)),
             answers: moka::sync::Cache::builder().max_capacity(ANSWERS).time_to_live(ANSWER_LIFE).build(),
+            revocations: Revocations::default(),
             started: Timestamp::now().as_second(),
             alone: parts.alone,
             reports: parts.reports,
@@ -206,6 +213,8 @@ impl Broker {
             pod: pod.as_ref(),
             binding: binding.as_ref(),
             lifetime: asked.lifetime,
+            scope: asked.scope.as_deref(),
+            itself: asked.itself,
             started: self.started,
             alone: self.alone,
             now,
@@ -216,7 +225,16 @@ impl Broker {
             return Err(Denial::new(Check::Binding, Public::InvalidTarget, "the binding is gone"));
         };
 
-        let credential = self.exchange(&asked, &claims, &binding, &grant, now).await?;
+        let owe = |credential: &Credential| {
+            self.revocations.owe(Owed {
+                pod: presenter.clone(),
+                binding: (asked.binding.clone(), grant.binding_uid.clone()),
+                provider: binding.spec.provider.clone(),
+                credential: credential.clone(),
+                event: self.event(Action::CredentialRevoked, trail, request, Some(credential), None),
+            });
+        };
+        let credential = self.exchange(&asked, &claims, &binding, &grant, now, owe).await?;
         // The cloud may have taken its time, and the pod may be gone meanwhile.
         if !self.pod(&presenter).is_some_and(|pod| pod.uid == presenter.uid && pod.running) {
             return Err(Denial::new(Check::Pod, Public::InvalidClient, "the pod ended before its credential was there"));
@@ -242,7 +260,49 @@ impl Broker {
         Ok(found)
     }
 
-    /// One exchange for one token, however often its pod asks.
+    /// Revokes what pods had that are no longer, as long as the process lives.
+    pub(crate) async fn keep_revoking(&self) {
+        loop {
+            tokio::time::sleep(LOOK).await;
+            self.revoke_what_is_due().await;
+        }
+    }
+
+    /// How many credentials would be revoked if this process went on.
+    pub(crate) fn unrevoked(&self) -> usize {
+        self.revocations.len()
+    }
+
+    /// What belonged to a pod that does not run any more, or came of a binding that is gone. What could not be revoked is due again.
+    async fn revoke_what_is_due(&self) {
+        let due = self.revocations.due(Timestamp::now().as_second(), |owed| {
+            let runs = self.pod(&owed.pod).is_some_and(|pod| pod.uid == owed.pod.uid && pod.running);
+            let (name, uid) = &owed.binding;
+            !runs || self.binding(&owed.pod.namespace, name).is_none_or(|binding| binding.metadata.uid.as_ref() != Some(uid))
+        });
+        futures::stream::iter(due).for_each_concurrent(REVOCATIONS, |owed| self.revoke(owed)).await;
+    }
+
+    async fn revoke(&self, owed: Owed) {
+        let (id, pod, binding) = (&owed.event.request.id, &owed.pod, &owed.binding.0);
+        let error = match self.providers.revoke(&owed.provider, &owed.credential.value).await {
+            Ok(()) => None,
+            Err(error @ ProviderError::Unavailable(_)) => {
+                tracing::warn!(request = id, pod = pod.name, binding, %error, "a credential is not revoked yet");
+                return self.revocations.owe(owed);
+            }
+            Err(error) => {
+                tracing::error!(request = id, pod = pod.name, binding, %error, "a credential is not revoked, and lives until its end");
+                Some(error.to_string())
+            }
+        };
+        let mut event = owed.event;
+        event.success = error.is_none();
+        event.payload["error"] = json!(error);
+        self.audit.tell(event).await;
+    }
+
+    /// One exchange for one token, however often its pod asks; `owe` is told of what has to be revoked, before anything is waited for.
     async fn exchange(
         &self,
         asked: &TokenRequest,
@@ -250,6 +310,7 @@ impl Broker {
         binding: &CredentialBinding,
         grant: &Grant,
         now: i64,
+        owe: impl Fn(&Credential),
     ) -> Result<Credential, Denial> {
         let claim = |name: &str| claims.get(name).unwrap_or_default();
         let session = session_name(claim("run_id"), claim("run_attempt"), claim("check_run_id"));
@@ -257,12 +318,22 @@ impl Broker {
             provider: &binding.spec.provider,
             token: &asked.subject_token,
             token_expires: claims.expires,
+            itself: grant.itself,
+            scopes: &grant.scopes,
             lifetime: grant.lifetime,
             session: &session,
             now,
         };
-        let answer = self.answers.get_with((claims.spent_as(), grant.generation), Arc::default);
-        let credential = answer.get_or_try_init(|| self.providers.exchange(&order)).await.map_err(|error| {
+        let wanted = if grant.itself { "itself".to_owned() } else { grant.scopes.join(" ") };
+        let answer = self.answers.get_with((claims.spent_as(), grant.generation, wanted), Arc::default);
+        let exchange = async || {
+            let credential = self.providers.exchange(&order).await?;
+            if credential.revocable {
+                owe(&credential);
+            }
+            Ok(credential)
+        };
+        let credential = answer.get_or_try_init(exchange).await.map_err(|error| {
             let public = match &error {
                 ProviderError::Refused(_) => Public::AccessDenied,
                 ProviderError::Unavailable(_) => Public::TemporarilyUnavailable,
@@ -313,9 +384,7 @@ impl Broker {
             return;
         }
         let event = self.event(Action::CredentialDenied, trail, request, None, Some(denial));
-        if let Err(error) = self.audit.write(event).await {
-            tracing::error!(%error, request = request.id, "a denial is not recorded");
-        }
+        self.audit.tell(event).await;
     }
 
     fn event(&self, action: Action, trail: &Trail, request: &Request, credential: Option<&Credential>, denial: Option<&Denial>) -> Event {

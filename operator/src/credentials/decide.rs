@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use mayfly_crds::{Claim, CredentialBinding};
+use mayfly_crds::{Chosen, Claim, CredentialBinding};
 use serde::{Deserialize, Serialize};
 
 use super::matchers::{may_fit, mismatch};
@@ -53,7 +53,7 @@ pub(crate) enum Public {
     InvalidRequest,
     /// Another grant type than token exchange.
     UnsupportedGrantType,
-    /// A scope was asked for: there are none.
+    /// A scope was asked for that the binding does not have.
     InvalidScope,
     /// The caller is no living runner pod.
     InvalidClient,
@@ -121,6 +121,10 @@ pub(crate) struct Question<'a> {
     pub(crate) binding: Option<&'a CredentialBinding>,
     /// Longest life the caller wants, in seconds.
     pub(crate) lifetime: Option<u32>,
+    /// The scopes that the caller wants, with spaces between them.
+    pub(crate) scope: Option<&'a str>,
+    /// The caller wants the token itself.
+    pub(crate) itself: bool,
     /// When this process began to remember spent tokens.
     pub(crate) started: i64,
     /// No other process gives out credentials: what is remembered here is all there is.
@@ -137,6 +141,10 @@ pub(crate) struct Grant {
     pub(crate) generation: i64,
     /// Longest life of the credential, in seconds.
     pub(crate) lifetime: u32,
+    /// Scopes of the credential, where the provider has such.
+    pub(crate) scopes: Vec<String>,
+    /// What is given is the token itself.
+    pub(crate) itself: bool,
     /// Claims that had to fit, by name.
     pub(crate) matched: Vec<String>,
     /// The same pod asked for the same before.
@@ -156,6 +164,7 @@ pub(crate) fn decide(question: &Question<'_>, replay: &mut Replay) -> Result<Gra
         let reason = format!("the claim {claim} is not what the binding asks for");
         return Err(Denial::new(Check::Claims, Public::InvalidTarget, reason));
     }
+    let scopes = scopes(question, binding)?;
     let per_job = job.contains_key(PER_JOB);
     if !per_job {
         remembered(question)?;
@@ -166,6 +175,8 @@ pub(crate) fn decide(question: &Question<'_>, replay: &mut Replay) -> Result<Gra
         binding_uid,
         generation: binding.metadata.generation.unwrap_or_default(),
         lifetime: lifetime(question.lifetime, binding),
+        scopes,
+        itself: question.itself,
         matched: binding.spec.subject.claims.keys().cloned().collect(),
         again,
         per_job,
@@ -285,6 +296,25 @@ fn spend(question: &Question<'_>, pod: &PodFacts, binding: &str, replay: &mut Re
         }
         Spent::ByAnother => Err(Denial::alarm(Check::Replay, Public::InvalidRequest, "another pod showed the same token before")),
         Spent::Full => Err(Denial::new(Check::Replay, Public::TemporarilyUnavailable, "more tokens are remembered than there is room for")),
+    }
+}
+
+/// What the caller may ask a provider with scopes for: no more than the binding has. Azure's are asked for one at a time.
+fn scopes(question: &Question<'_>, binding: &CredentialBinding) -> Result<Vec<String>, Denial> {
+    let refuse = |reason: &str| Denial::new(Check::Binding, Public::InvalidScope, reason);
+    let chosen = binding.spec.provider.chosen();
+    let all = chosen.as_ref().map_or(&[][..], Chosen::scopes);
+    let Some(wanted) = question.scope else {
+        let first = if matches!(chosen, Some(Chosen::Azure(_))) { 1 } else { all.len() };
+        return Ok(all.iter().take(first).filter(|_| !question.itself).cloned().collect());
+    };
+    let wanted: Vec<String> = wanted.split(' ').map(str::to_owned).collect();
+    if question.itself || wanted.iter().any(|scope| !all.contains(scope)) {
+        return Err(refuse("a scope is asked for that is not one of the binding's"));
+    }
+    match (chosen, wanted.len()) {
+        (Some(Chosen::Azure(_)), 2..) => Err(refuse("more than one scope is asked for, and Azure gives a token for one")),
+        _ => Ok(wanted),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use mayfly_crds::{Claim, CredentialBinding, CredentialBindingSpec, DEFAULT_EVENTS, Matcher, NEVER_EVENTS};
+use mayfly_crds::{Chosen, Claim, CredentialBinding, CredentialBindingSpec, DEFAULT_EVENTS, Matcher, NEVER_EVENTS};
 
 use super::decide::{PodFacts, Presenter, Public, job_claims, living_pod};
 use super::matchers::fits;
@@ -65,10 +65,14 @@ pub(crate) fn explain(binding: &CredentialBinding, pods: &[PodFacts]) -> String 
 }
 
 fn gives(spec: &CredentialBindingSpec) -> String {
-    match &spec.provider.aws {
-        Some(aws) => format!("a session of {} for {} s at most", aws.role_arn, spec.lifetime_seconds),
-        None => "the token itself".to_owned(),
-    }
+    let Some(chosen) = spec.provider.chosen() else { return "nothing: it names no provider, or more than one".to_owned() };
+    let what = match chosen {
+        Chosen::AudienceToken => return chosen.identity(),
+        Chosen::Aws(_) => "a session",
+        Chosen::Google(_) | Chosen::Azure(_) => "an access token",
+        Chosen::Vault(_) | Chosen::GithubApp(_) => "a token",
+    };
+    format!("{what} of {} for {} s at most", chosen.identity(), spec.lifetime_seconds)
 }
 
 fn rows(spec: &CredentialBindingSpec, pod: &PodFacts) -> Vec<Row> {

@@ -2,7 +2,9 @@
 //!
 //! `GET /v1/bindings`, `Authorization: Bearer <the pod's projected token>`: the CredentialBindings that the pod's job may use, as far as
 //! the cluster knows the job: `{"bindings": [{"name", "audience", "provider"}]}`, where `audience` is that of the token to bring, and
-//! `provider` is `{"aws": {"region"}}` or `{"audienceToken": {}}`.
+//! `provider` says what comes of it: `{"aws": {"region"}}`, `{"google": {"audience", "serviceAccount", "scopes", "lifetime", "stsEndpoint",
+//! "iamCredentialsEndpoint"}}`, `{"azure": {"clientId", "scopes"}}`, `{"vault": {"address", "namespace"}}`, `{"githubApp": {}}` or
+//! `{"audienceToken": {}}`.
 //!
 //! `POST /v1/token`, `application/x-www-form-urlencoded`, each parameter once:
 //!
@@ -16,10 +18,14 @@
 //! | `audience` | `broker.mayfly.dev`; may be left out |
 //! | `resource` | name of the CredentialBinding in the pod's namespace |
 //! | `lifetime` | longest life wanted, in seconds, at least 900; may be left out |
+//! | `scope` | some of the binding's scopes, with spaces between them; may be left out |
+//! | `requested_token_type` | left out for what the binding gives; `urn:ietf:params:oauth:token-type:jwt` for the subject token itself, once all is verified, which an SDK shows to its provider |
 //!
-//! The answer is JSON with `access_token`, `issued_token_type`, `token_type` (`N_A`) and `expires_in`. What `access_token` holds is said by
-//! `issued_token_type`: `urn:ietf:params:oauth:token-type:jwt` is a token; `urn:mayfly:params:oauth:token-type:aws-credentials` is the JSON
-//! that AWS's `credential_process` prints (`Version`, `AccessKeyId`, `SecretAccessKey`, `SessionToken`, `Expiration`).
+//! The answer is JSON with `access_token`, `issued_token_type`, `token_type` and `expires_in`. What `access_token` holds is said by
+//! `issued_token_type`: `urn:ietf:params:oauth:token-type:jwt` is a token; `urn:ietf:params:oauth:token-type:access_token` is one for APIs
+//! (`token_type` is `Bearer`; `N_A` for everything else); `urn:mayfly:params:oauth:token-type:vault-token` is Vault's;
+//! `urn:mayfly:params:oauth:token-type:aws-credentials` is the JSON that AWS's `credential_process` prints (`Version`, `AccessKeyId`,
+//! `SecretAccessKey`, `SessionToken`, `Expiration`).
 //!
 //! An error is JSON with `error`, one of [`Public`], and `correlation_id`, by which the audit records are found. It never says more.
 
@@ -28,21 +34,22 @@ use axum::http::{HeaderName, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use kube::ResourceExt;
 use mayfly_crds::names::BROKER_AUDIENCE;
-use mayfly_crds::{CredentialBinding, LIFETIME_MIN};
-use serde_json::json;
+use mayfly_crds::{Chosen, CredentialBinding, LIFETIME_MIN};
+use serde_json::{Value, json};
 
 use super::decide::{Check, Denial, Public};
-use super::providers::Credential;
+use super::providers::{ACCESS_TOKEN, Credential, JWT};
 use super::token::MAX_TOKEN;
 use crate::forge::Secret;
 
 const GRANT_TYPE: &str = "urn:ietf:params:oauth:grant-type:token-exchange";
-const JWT: &str = "urn:ietf:params:oauth:token-type:jwt";
 const ID_TOKEN: &str = "urn:ietf:params:oauth:token-type:id_token";
 /// Longest body, in bytes: two tokens and some words.
 pub(crate) const MAX_BODY: usize = 32 << 10;
 /// Most parameters.
 const MAX_PARAMETERS: usize = 16;
+/// Longest scope, in bytes.
+const MAX_SCOPE: usize = 4 << 10;
 /// Longest name of a binding: an object's.
 const MAX_NAME: usize = 253;
 
@@ -53,6 +60,10 @@ pub(crate) struct TokenRequest {
     pub(crate) actor_token: Secret,
     pub(crate) binding: String,
     pub(crate) lifetime: Option<u32>,
+    /// Words with spaces between them.
+    pub(crate) scope: Option<String>,
+    /// The subject token itself is wanted.
+    pub(crate) itself: bool,
 }
 
 impl TokenRequest {
@@ -76,13 +87,15 @@ impl TokenRequest {
         if take("grant_type").as_deref() != Some(GRANT_TYPE) {
             return Err(Denial::new(Check::Request, Public::UnsupportedGrantType, "another grant type than token exchange"));
         }
-        if take("scope").is_some() {
-            return Err(Denial::new(Check::Request, Public::InvalidScope, "a scope: there are none"));
+        let scope = take("scope");
+        if scope.as_ref().is_some_and(|scope| scope.len() > MAX_SCOPE) {
+            return Err(Denial::new(Check::Request, Public::InvalidScope, "the scope is too long"));
         }
         let kinds = (take("subject_token_type"), take("actor_token_type"), take("requested_token_type"));
         let subject = matches!(kinds.0.as_deref(), Some(JWT | ID_TOKEN));
-        if !subject || kinds.1.as_deref() != Some(JWT) || kinds.2.is_some() {
-            return Err(wrong("a token of another type, or a requested_token_type, which the binding decides"));
+        let itself = kinds.2.is_some();
+        if !subject || kinds.1.as_deref() != Some(JWT) || kinds.2.is_some_and(|wanted| wanted != JWT) {
+            return Err(wrong("a token of another type is shown or wanted; what else is given, the binding decides"));
         }
         if take("audience").is_some_and(|audience| audience != BROKER_AUDIENCE) {
             return Err(wrong("for another audience than this broker"));
@@ -100,7 +113,7 @@ impl TokenRequest {
         let binding = take("resource").filter(|name| name.len() <= MAX_NAME && name.bytes().all(plain));
         let binding = binding.ok_or_else(|| wrong("the resource is no name of a binding"))?;
         match parameters.is_empty() {
-            true => Ok(Self { subject_token, actor_token, binding, lifetime }),
+            true => Ok(Self { subject_token, actor_token, binding, lifetime, scope, itself }),
             false => Err(wrong("a parameter that is not known")),
         }
     }
@@ -112,7 +125,8 @@ const NO_STORE: [(HeaderName, &str); 2] = [(header::CACHE_CONTROL, "no-store"), 
 /// The answer with a credential.
 pub(crate) fn granted(credential: &Credential, now: i64) -> Response {
     let body = json!({
-        "access_token": credential.value.reveal(), "issued_token_type": credential.kind, "token_type": "N_A",
+        "access_token": credential.value.reveal(), "issued_token_type": credential.kind,
+        "token_type": if credential.kind == ACCESS_TOKEN { "Bearer" } else { "N_A" },
         "expires_in": credential.expires.saturating_sub(now).max(0),
     });
     (StatusCode::OK, NO_STORE, Json(body)).into_response()
@@ -120,14 +134,26 @@ pub(crate) fn granted(credential: &Credential, now: i64) -> Response {
 
 /// The answer with what there is.
 pub(crate) fn offered(bindings: &[CredentialBinding]) -> Response {
-    let offers = bindings.iter().map(|binding| {
-        let provider = match &binding.spec.provider.aws {
-            Some(aws) => json!({"aws": {"region": aws.region}}),
-            None => json!({"audienceToken": {}}),
-        };
-        json!({"name": binding.name_any(), "audience": binding.spec.token.audience, "provider": provider})
+    let offers = bindings.iter().filter_map(|binding| {
+        let provider = told(binding.spec.provider.chosen()?, binding.spec.lifetime_seconds);
+        Some(json!({"name": binding.name_any(), "audience": binding.spec.token.audience, "provider": provider}))
     });
     (StatusCode::OK, NO_STORE, Json(json!({"bindings": offers.collect::<Vec<_>>()}))).into_response()
+}
+
+/// What a job's SDK has to know of a provider.
+fn told(chosen: Chosen<'_>, lifetime: u32) -> Value {
+    match chosen {
+        Chosen::Aws(aws) => json!({"aws": {"region": aws.region}}),
+        Chosen::Google(google) => json!({"google": {
+            "audience": google.audience(), "serviceAccount": google.service_account, "scopes": google.scopes, "lifetime": lifetime,
+            "stsEndpoint": google.sts_endpoint(), "iamCredentialsEndpoint": google.iam_credentials_endpoint(),
+        }}),
+        Chosen::Azure(azure) => json!({"azure": {"clientId": azure.client_id, "scopes": azure.scopes}}),
+        Chosen::Vault(vault) => json!({"vault": {"address": vault.address, "namespace": vault.namespace}}),
+        Chosen::GithubApp(_) => json!({"githubApp": {}}),
+        Chosen::AudienceToken => json!({"audienceToken": {}}),
+    }
 }
 
 /// The answer without one.
@@ -172,10 +198,12 @@ mod tests {
     fn a_sound_request_is_read_and_hides_its_tokens() {
         let request = parse(&GOOD).expect("read");
         assert_eq!((request.subject_token.reveal(), request.actor_token.reveal()), ("a.b.c", "d.e.f"));
-        assert_eq!((request.binding.as_str(), request.lifetime), ("deploy", None));
+        assert_eq!((request.binding.as_str(), request.lifetime, request.scope.as_deref(), request.itself), ("deploy", None, None, false));
         assert!(!format!("{request:?}").contains("a.b.c"));
         assert_eq!(with("lifetime", "900").expect("read").lifetime, Some(900));
         assert!(with("subject_token_type", ID_TOKEN).is_ok());
+        assert!(with("requested_token_type", JWT).expect("read").itself);
+        assert_eq!(with("scope", "a b").expect("read").scope.as_deref(), Some("a b"));
     }
 
     #[test]
@@ -185,13 +213,13 @@ mod tests {
         for (name, value, wanted) in [
             ("grant_type", "client_credentials", UnsupportedGrantType),
             ("grant_type", "", UnsupportedGrantType),
-            ("scope", "all", InvalidScope),
+            ("scope", &long, InvalidScope),
             ("subject_token", "", InvalidRequest),
             ("subject_token", &long, InvalidRequest),
             ("subject_token_type", "urn:ietf:params:oauth:token-type:saml2", InvalidRequest),
             ("actor_token", "", InvalidRequest),
             ("actor_token_type", ID_TOKEN, InvalidRequest),
-            ("requested_token_type", JWT, InvalidRequest),
+            ("requested_token_type", ACCESS_TOKEN, InvalidRequest),
             ("audience", "https://elsewhere.example", InvalidRequest),
             ("resource", "", InvalidRequest),
             ("resource", "../other/deploy", InvalidRequest),

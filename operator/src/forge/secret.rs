@@ -3,6 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use serde::{Deserialize, Deserializer};
+
 /// A secret text.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Secret(Arc<str>);
@@ -16,6 +18,12 @@ impl Secret {
     /// Opens it. Only where the value leaves the process on purpose.
     pub(crate) fn reveal(&self) -> &str {
         &self.0
+    }
+}
+
+impl<'de> Deserialize<'de> for Secret {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer).map(Self::new)
     }
 }
 

@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use jiff::SignedDuration;
 use kube::ResourceExt;
+use serde_json::json;
 
+use crate::audit::Action;
 use crate::forge::{Forge, RegisteredRunner};
 use crate::pool::{Context, Pool, PoolHandle, own_pods, runners_of_pool};
 
@@ -35,7 +37,10 @@ async fn sweep(ctx: &Context, pool: &Pool, handle: &PoolHandle, forge: &Arc<dyn 
     let mut living: BTreeSet<String> = own_pods(ctx, pool).iter().map(|pod| pod.name_any()).collect();
     living.extend(handle.state().spawned.keys().cloned());
     for runner in orphans(&listed, &living) {
-        match forge.deregister(&runner.key).await {
+        let removed = forge.deregister(&runner.key).await;
+        let target = json!({"kind": "Registration", "id": runner.key.id, "name": runner.name});
+        ctx.record(ctx.event(Action::RunnerSwept, &pool.key, target).about(json!({}), removed.is_ok()));
+        match removed {
             Ok(_) => tracing::info!(pool = %pool.key, runner = runner.name, "removed a registration without a pod"),
             Err(error) => tracing::warn!(pool = %pool.key, runner = runner.name, %error, "a leftover could not be removed"),
         }

@@ -41,6 +41,7 @@ pub(crate) fn stored_time(now: Timestamp) -> Time {
 #[derive(Clone)]
 pub(crate) struct KubeIo {
     client: Client,
+    instance: Option<String>,
     recorder: Recorder,
     metrics: Metrics,
 }
@@ -84,8 +85,13 @@ impl WriteError {
 impl KubeIo {
     /// `instance` names this process in events.
     pub(crate) fn new(client: Client, instance: Option<String>, metrics: Metrics) -> Self {
-        let recorder = Recorder::new(client.clone(), Reporter { controller: MANAGER.to_owned(), instance });
-        Self { client, recorder, metrics }
+        let recorder = Recorder::new(client.clone(), Reporter { controller: MANAGER.to_owned(), instance: instance.clone() });
+        Self { client, instance, recorder, metrics }
+    }
+
+    /// Name of this process.
+    pub(crate) fn instance(&self) -> Option<&str> {
+        self.instance.as_deref()
     }
 
     /// Creates an object under the name it has.

@@ -18,6 +18,7 @@ use mayfly_crds::names::{
 };
 use mayfly_crds::{Failure, RunnerPool};
 use serde::Serialize;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::controller::Context;
@@ -27,6 +28,7 @@ use super::plan::{Deletion, Plan};
 use super::proof;
 use super::registry::{PoolHandle, PoolKey, Spawned};
 use super::validate::Pool;
+use crate::audit::Action;
 use crate::forge::{Forge, ForgeError, Job, Removal, RunnerKey, Secret};
 use crate::isolation::{ForgeAddress, network_policies};
 use crate::kube_io::stored_time;
@@ -165,7 +167,11 @@ async fn each<F: Future<Output = ()>>(actions: Vec<F>) {
 async fn mark(ctx: &Context, pool: &Pool, handle: &PoolHandle, unmarked: &Unmarked) {
     let annotations = [(ANNOTATION_JOB, unmarked.job.to_string()), (ANNOTATION_WORKFLOW, unmarked.workflow.clone())];
     match ctx.io.annotate_pod(&pool.key.namespace, &unmarked.pod, &unmarked.uid, &annotations).await {
-        Ok(()) => handle.job_accepted(&unmarked.pod),
+        Ok(()) => {
+            handle.job_accepted(&unmarked.pod);
+            let payload = json!({"job": unmarked.job.to_string(), "workflow": unmarked.workflow});
+            ctx.record(ctx.event(Action::JobMatched, &pool.key, runner_target(&unmarked.pod, &unmarked.uid)).about(payload, true));
+        }
         Err(error) => {
             tracing::warn!(pool = %pool.key, pod = unmarked.pod, error = error.message(), "a pod could not be marked with its job");
         }
@@ -217,6 +223,8 @@ async fn delete(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>, forge
         }
         return;
     }
+    let completed = ctx.event(Action::RunnerCompleted, &pool.key, runner_target(&deletion.name, &deletion.uid));
+    ctx.record(completed.about(told(deletion.failure.as_ref()), deletion.failure.is_none()));
     if let Some(failure) = &deletion.failure {
         note_failure(ctx, pool, handle, deletion, failure).await;
     }
@@ -242,6 +250,16 @@ async fn delete(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>, forge
         }
         None => {}
     }
+}
+
+/// A runner, as records name it.
+pub(crate) fn runner_target(name: &str, uid: &str) -> Value {
+    json!({"kind": "Runner", "name": name, "uid": uid})
+}
+
+/// Why a runner ended, for the record.
+fn told(failure: Option<&Reason>) -> Value {
+    failure.map_or_else(|| json!({}), |failure| json!({"reason": failure.reason, "message": failure.message}))
 }
 
 async fn note_failure(ctx: &Context, pool: &Pool, handle: &PoolHandle, deletion: &Deletion, failure: &Reason) {
@@ -324,11 +342,16 @@ async fn create(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>, node:
             }
             handle.jobs_changed();
             ctx.metrics.pod_created();
+            let uid = stored.uid().unwrap_or_default();
+            ctx.record(
+                ctx.event(Action::RunnerStarted, &pool.key, runner_target(name.as_str(), &uid)).about(json!({"onlyOn": node}), true),
+            );
             tracing::info!(pool = %pool.key, pod = %name, "created a runner pod");
         }
         Err(error) => {
             let deletion = Deletion::of_start(name.as_str());
             let failure = Reason::new("PodRefused", format!("the API server refused the pod: {}", error.message()));
+            ctx.record(ctx.event(Action::RunnerStarted, &pool.key, runner_target(name.as_str(), "")).about(told(Some(&failure)), false));
             note_failure(ctx, pool, handle, &deletion, &failure).await;
             // Somebody may have taken away what pods need; it is applied anew before the next one.
             handle.state().policies = None;
@@ -364,9 +387,13 @@ fn deregister_later(ctx: &Arc<Context>, pool: &Pool, forge: &Arc<dyn Forge>, run
                 Err(error) => tracing::warn!(%pool, job = %job.key, %error, "the forge was not told that the job lost its runner"),
             }
         }
+        let removed = ctx.event(Action::RunnerRemoved, &pool, json!({"kind": "Registration", "id": runner.id}));
         for attempt in 0..DEREGISTER_TRIES {
             match forge.deregister(&runner).await {
-                Ok(Removal::Done | Removal::Gone) => return ctx.metrics.deregistered("ok"),
+                Ok(Removal::Done | Removal::Gone) => {
+                    ctx.metrics.deregistered("ok");
+                    return ctx.record(removed);
+                }
                 // The forge has not noticed yet that the runner is gone: the sweep comes back to it.
                 Ok(Removal::Busy) => break,
                 Err(error @ ForgeError::Unauthorized { .. }) => {
@@ -380,6 +407,7 @@ fn deregister_later(ctx: &Arc<Context>, pool: &Pool, forge: &Arc<dyn Forge>, run
             }
         }
         ctx.metrics.deregistered("left_to_sweep");
+        ctx.record(removed.about(json!({"leftTo": "sweep"}), false));
     });
 }
 

@@ -20,6 +20,7 @@ use kube::{Api, Resource, ResourceExt};
 use mayfly_crds::conditions::reasons;
 use mayfly_crds::names::FINALIZER_REGISTRATIONS;
 use mayfly_crds::{CredentialBinding, JobIssuer, RunnerPool, RunnerPoolStatus, WaitingJob};
+use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -33,6 +34,7 @@ use super::registry::{Deaf, PoolHandle, PoolKey, Pools};
 use super::room::{self, Facts};
 use super::status::{self, Outcome, UserNamespaces, status};
 use super::validate::{Pool, Source, validate};
+use crate::audit::{self, Audit};
 use crate::cli::Settings;
 use crate::forge::ForgeError;
 use crate::gc;
@@ -84,9 +86,21 @@ pub(crate) struct Context {
     pub(crate) issuer: Option<Arc<Issuer>>,
     pub(crate) names: Names,
     pub(crate) tasks: TaskTracker,
+    pub(crate) audit: Audit,
 }
 
 impl Context {
+    /// Something that happened to what is a pool's, for [`Self::record`] or to be written first.
+    pub(crate) fn event(&self, action: audit::Action, pool: &PoolKey, target: Value) -> audit::Event {
+        audit::Event::of_controller(self.io.instance(), action, &pool.namespace, Some(&pool.name), target)
+    }
+
+    /// Has it recorded; nobody waits.
+    pub(crate) fn record(&self, event: audit::Event) {
+        let audit = self.audit.clone();
+        self.tasks.spawn(async move { audit.tell(event).await });
+    }
+
     /// The time. The only place in this room that asks for it.
     pub(crate) fn now(&self) -> Timestamp {
         Timestamp::now()
@@ -239,6 +253,7 @@ async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
         Ok(pool) => (pool.status.clone().unwrap_or_default(), validate(pool)),
         Err(invalid) => (RunnerPoolStatus::default(), Err(format!("the object cannot be read: {}", invalid.error))),
     };
+    record_spec(ctx, guarded, &handle, stored.observed_generation);
     let pool = match valid {
         Ok(pool) => pool,
         Err(why) => {
@@ -301,6 +316,25 @@ async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
     Ok(next(ctx, &pool, &handle, &observed, &plan, written))
 }
 
+/// Records a spec that is new, once, whether it is sound or not; `stored` is the generation that an earlier process told of.
+fn record_spec(ctx: &Context, guarded: &Guarded, handle: &PoolHandle, stored: Option<i64>) {
+    let Some(generation) = guarded.meta().generation else { return };
+    let before = handle.state().recorded.replace(generation).or(stored);
+    let action = match before {
+        None => audit::Action::PoolCreated,
+        Some(before) if before != generation => audit::Action::PoolChanged,
+        Some(_) => return,
+    };
+    let spec = guarded.0.as_ref().ok().map(|pool| &pool.spec);
+    let payload = json!({"generation": generation, "spec": spec});
+    ctx.record(ctx.event(action, &handle.key, of_pool(handle)).about(payload, spec.is_some()));
+}
+
+/// A pool, as records name it.
+fn of_pool(handle: &PoolHandle) -> Value {
+    json!({"kind": "RunnerPool", "name": handle.key.name, "uid": handle.uid})
+}
+
 /// How many jobs the pool can have at the same time.
 fn jobs_at_once(ctx: &Context, pool: &Pool, handle: &PoolHandle, observed: &gather::Observed) -> u32 {
     room::jobs_at_once(&Facts {
@@ -328,6 +362,8 @@ async fn tell_refused(ctx: &Context, pool: &Pool, handle: &PoolHandle, observed:
     };
     let reference = apply::reference_to(&pool.key, &pool.uid);
     for job in news {
+        let payload = json!({"reason": job.reason, "message": job.message});
+        ctx.record(ctx.event(audit::Action::JobRefused, &pool.key, json!({"kind": "Job", "name": job.job})).about(payload, false));
         ctx.io.warn(&reference, "JobNotServed", "Refuse", &format!("{}: {}: {}", job.job, job.reason, job.message)).await;
     }
 }
@@ -455,6 +491,7 @@ async fn clean_up(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error
             format!("the forge may still have registrations of this pool's runners, which are worthless without their pods: {error}");
         ctx.io.warn(&reference, "RegistrationsLeft", "Finalize", &note).await;
     }
+    ctx.record(ctx.event(audit::Action::PoolDeleted, &key, of_pool(&handle)));
     ctx.registry.close(&key);
     Ok(Action::await_change())
 }
@@ -488,4 +525,4 @@ async fn remove_registrations(guarded: &Guarded, ctx: &Context, key: &PoolKey, u
 }
 
 #[cfg(test)]
-pub(super) mod tests;
+pub(crate) mod tests;

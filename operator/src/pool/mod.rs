@@ -14,11 +14,13 @@ mod room;
 mod status;
 mod validate;
 
-pub(crate) use apply::reference_to;
+pub(crate) use apply::{reference_to, runner_target};
 pub(crate) use controller::{Context, Guarded, run};
 pub(crate) use dialects::Dialects;
 pub(crate) use gather::{own_pods, runners_of_pool};
 pub(crate) use nodes::looked_at;
-pub(crate) use registry::{Deaf, NoJob, PoolHandle, PoolKey, Pools};
+pub(crate) use registry::{Deaf, NoJob, OwedJob, PoolHandle, PoolKey, Pools};
 pub(crate) use room::parts;
 pub(crate) use validate::Pool;
+#[cfg(test)]
+pub(crate) use {controller::tests::context, registry::Spawned};

@@ -10,11 +10,13 @@ use kube::ResourceExt;
 use mayfly_crds::conditions::reasons;
 use mayfly_crds::{ClassIsolation, Control, Enforcement, IsolationVerdict, NodeIsolation, Starts};
 use mayfly_proof::{Challenge, Endpoint, Report, Start, Verdict, judge};
+use serde_json::json;
 
-use super::apply::reference_to;
+use super::apply::{reference_to, runner_target};
 use super::controller::Context;
 use super::nodes::PoolNode;
 use super::registry::{PoolHandle, PoolState};
+use crate::audit::Action;
 use crate::isolation::{Surroundings, WHOLE, challenge, forbidden};
 use crate::kube_io::stored_time;
 use crate::runner::Reason;
@@ -273,6 +275,9 @@ pub(crate) async fn take(ctx: &Context, handle: &PoolHandle, pod: &Pod, report: 
     }
     if let Taken::NotEnough(why) = &taken {
         tracing::warn!(pool = %handle.key, pod = name, node, why, "a runner pod is not shown to be isolated");
+        let payload = json!({"node": node, "why": why, "registered": handle.state().registered.contains_key(&name)});
+        let target = runner_target(&name, &pod.uid().unwrap_or_default());
+        ctx.record(ctx.event(Action::IsolationBreached, &handle.key, target).about(payload, false));
     }
     let warns = handle.state().enforcement == Enforcement::Warn;
     if let Some(entry) = news {

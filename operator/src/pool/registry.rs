@@ -183,6 +183,8 @@ pub(crate) struct PoolState {
     pub(crate) charge: Charge,
     /// Since when jobs wait because a quota has no room.
     pub(crate) short_since: Option<Timestamp>,
+    /// Generation of the spec that was last recorded.
+    pub(crate) recorded: Option<i64>,
     /// When the status was last written.
     pub(crate) status_written: Option<Timestamp>,
 }

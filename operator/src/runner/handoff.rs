@@ -29,14 +29,16 @@ use mayfly_crds::JobIssuer;
 use mayfly_crds::names::{ANNOTATION_JOB_CLAIMS, GATE_AUDIENCE, LABEL_POOL};
 use mayfly_proof::{Challenge, Look, Looked, Report};
 use serde::Deserialize;
+use serde_json::json;
 use tower::limit::GlobalConcurrencyLimitLayer;
 
 use super::identity::{Identities, IdentityError, PodIdentity};
 use super::state::{Phase, phase};
-use crate::forge::Secret;
+use crate::audit::Action;
+use crate::forge::{Forge, Secret};
 use crate::issuer::MintError;
 use crate::pool::proof::{self as pool, Taken};
-use crate::pool::{Context, NoJob, PoolHandle, PoolKey};
+use crate::pool::{Context, NoJob, OwedJob, PoolHandle, PoolKey, runner_target};
 
 /// How long a gate's question is kept open when no job is owed.
 const PATIENCE: Duration = Duration::from_secs(50);
@@ -233,22 +235,8 @@ async fn hand_over(api: &GateApi, headers: &HeaderMap) -> Result<Response, Refus
         return Err(Refusal(StatusCode::GONE, "the pool lost its forge"));
     };
     // From here on the caller may vanish at any moment; what was begun is finished and remembered all the same.
-    let (ctx, name) = (api.ctx.clone(), pod.name.clone());
-    let task = api.ctx.tasks.spawn(async move {
-        let result = forge.register(&job.reach, &name).await;
-        let registration = match result {
-            Ok(registration) => registration,
-            Err(error) => {
-                tracing::warn!(pool = %handle.key, pod = name, job = %job, %error, "a runner could not be registered");
-                handle.registration_failed(&name, &error.to_string());
-                ctx.registry.wake(handle.key.clone());
-                return Err(Refusal(StatusCode::GONE, "the forge did not register the runner"));
-            }
-        };
-        tracing::info!(pool = %handle.key, pod = name, job = %job, runner = registration.key.id, "registered a runner");
-        handle.registered(&name, registration.key, registration.credential, ctx.now());
-        Ok(registration.hand_over)
-    });
+    let ctx = api.ctx.clone();
+    let task = api.ctx.tasks.spawn(async move { register(&ctx, &handle, forge.as_ref(), &pod, &job).await });
     let secret = task.await.map_err(|_| Refusal(StatusCode::GONE, "the registration was interrupted"))??;
     let headers = [(header::CONTENT_TYPE, "application/octet-stream"), (header::CACHE_CONTROL, "no-store")];
     let mut answer = (headers, secret.reveal().to_owned()).into_response();
@@ -256,6 +244,35 @@ async fn hand_over(api: &GateApi, headers: &HeaderMap) -> Result<Response, Refus
         answer.headers_mut().insert(ID_TOKENS, HeaderValue::from_static("mayfly"));
     }
     Ok(answer)
+}
+
+/// Registers a runner, and returns what its program reads. That is written down before anything of it leaves; where it cannot be, the
+/// registration is taken back.
+async fn register(ctx: &Context, handle: &PoolHandle, forge: &dyn Forge, pod: &PodIdentity, job: &OwedJob) -> Result<Secret, Refusal> {
+    let failed = |why: &str, told: &'static str| {
+        handle.registration_failed(&pod.name, why);
+        ctx.registry.wake(handle.key.clone());
+        Err(Refusal(StatusCode::GONE, told))
+    };
+    let registration = match forge.register(&job.reach, &pod.name).await {
+        Ok(registration) => registration,
+        Err(error) => {
+            tracing::warn!(pool = %handle.key, pod = pod.name, job = %job, %error, "a runner could not be registered");
+            return failed(&error.to_string(), "the forge did not register the runner");
+        }
+    };
+    let payload = json!({"registration": registration.key.id, "job": job.to_string()});
+    let event = ctx.event(Action::RunnerRegistered, &handle.key, runner_target(&pod.name, &pod.uid)).about(payload, true);
+    if let Err(error) = ctx.audit.write(event).await {
+        tracing::error!(pool = %handle.key, pod = pod.name, %error, "nothing leaves: the registration is taken back");
+        if let Err(error) = forge.deregister(&registration.key).await {
+            tracing::warn!(pool = %handle.key, pod = pod.name, %error, "it is left to the sweep");
+        }
+        return failed("the audit record could not be written", "the registration could not be recorded");
+    }
+    tracing::info!(pool = %handle.key, pod = pod.name, job = %job, runner = registration.key.id, "registered a runner");
+    handle.registered(&pod.name, registration.key, registration.credential, ctx.now());
+    Ok(registration.hand_over)
 }
 
 /// The living pod, and the pool whose it is.
@@ -274,4 +291,110 @@ fn pool_of(ctx: &Context, identity: &PodIdentity) -> Result<(Arc<Pod>, Arc<PoolH
         .filter(|handle| pod.owner_references().iter().any(|owner| owner.uid == handle.uid))
         .ok_or(Refusal(StatusCode::GONE, "the pod belongs to no pool"))?;
     Ok((pod, handle))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::sync::atomic::Ordering;
+
+    use async_trait::async_trait;
+    use jiff::Timestamp;
+
+    use super::*;
+    use crate::audit::Audit;
+    use crate::audit::tests::Memory;
+    use crate::forge::{ForgeError, Job, JobKey, JobState, Reach, RegisteredRunner, Registration, Removal, Repository, Run, RunnerKey};
+    use crate::kube_io::scripted::Server;
+    use crate::pool::{Spawned, context};
+
+    /// A forge that registers and removes, and is asked for nothing else.
+    #[derive(Debug, Default)]
+    struct Register(Mutex<Vec<String>>);
+
+    impl Register {
+        fn note(&self, what: String) {
+            self.0.lock().expect("no panic").push(what);
+        }
+    }
+
+    #[async_trait]
+    impl Forge for Register {
+        async fn register(&self, _: &Reach, name: &str) -> Result<Registration, ForgeError> {
+            self.note(format!("register {name}"));
+            let key = RunnerKey { repository: None, id: 7 };
+            Ok(Registration { key, hand_over: Secret::new("hunter2"), credential: Secret::new("hunter3") })
+        }
+
+        async fn deregister(&self, runner: &RunnerKey) -> Result<Removal, ForgeError> {
+            self.note(format!("deregister {}", runner.id));
+            Ok(Removal::Done)
+        }
+
+        async fn jobs(&self, _: JobState) -> Result<Vec<Job>, ForgeError> {
+            Ok(Vec::new())
+        }
+
+        async fn job(&self, _: &JobKey) -> Result<Option<Job>, ForgeError> {
+            Ok(None)
+        }
+
+        async fn run(&self, _: &Repository, _: u64) -> Result<Run, ForgeError> {
+            Err(ForgeError::Unexpected("it was not to be asked".to_owned()))
+        }
+
+        fn reach(&self, _: &Job) -> Reach {
+            Reach::default()
+        }
+
+        async fn runners(&self) -> Result<Vec<RegisteredRunner>, ForgeError> {
+            Ok(Vec::new())
+        }
+
+        async fn pause(&self, _: &RunnerKey) -> Result<Removal, ForgeError> {
+            Ok(Removal::Gone)
+        }
+
+        async fn give_up(&self, _: &Job, _: &Secret) -> Result<Removal, ForgeError> {
+            Ok(Removal::Gone)
+        }
+    }
+
+    #[tokio::test]
+    async fn a_registration_that_nobody_wrote_down_does_not_leave() {
+        let trail = Memory::default();
+        let ctx = Arc::new(Context { audit: Audit::new(trail.clone()), ..Arc::into_inner(context(&Server::new([]), &[])).expect("one") });
+        let handle = ctx.registry.open(&PoolKey { namespace: "ci".to_owned(), name: "linux".to_owned() }, "u-1");
+        let job = OwedJob { key: None, reach: Reach::default() };
+        let pod = PodIdentity { namespace: "ci".to_owned(), name: "linux-1".to_owned(), uid: "uid-1".to_owned() };
+        let waits = || Spawned {
+            uid: "uid-1".to_owned(),
+            created: Timestamp::UNIX_EPOCH,
+            seen: true,
+            asked: None,
+            registering: Some(job.clone()),
+            burnt: None,
+            only_on: None,
+        };
+        let forge = Register::default();
+
+        handle.state().spawned.insert(pod.name.clone(), waits());
+        trail.fails.store(true, Ordering::SeqCst);
+        let refused = register(&ctx, &handle, &forge, &pod, &job).await.err().map(|refusal| refusal.0);
+        assert_eq!(refused, Some(StatusCode::GONE));
+        assert_eq!(*forge.0.lock().expect("no panic"), ["register linux-1", "deregister 7"]);
+        {
+            let state = handle.state();
+            assert!(state.registered.is_empty() && state.spawned["linux-1"].burnt.is_some());
+            assert_eq!(state.owed.len(), 1, "the job is owed again");
+        }
+
+        handle.state().spawned.insert(pod.name.clone(), waits());
+        trail.fails.store(false, Ordering::SeqCst);
+        assert!(register(&ctx, &handle, &forge, &pod, &job).await.is_ok_and(|secret| secret.reveal() == "hunter2"));
+        let [record] = &trail.records()[..] else { panic!("{:?}", trail.records()) };
+        assert_eq!((&record["action"], &record["target"]["uid"]), (&json!("runner.registered"), &json!("uid-1")));
+        assert_eq!((&record["scope"], &record["payload"]["registration"]), (&json!({"namespace": "ci", "pool": "linux"}), &json!(7)));
+        assert!(!record.to_string().contains("hunter"));
+    }
 }

@@ -7,16 +7,13 @@ use kube::Api;
 use kube::runtime::watcher;
 use mayfly_crds::names::{BROKER_AUDIENCE, managed_selector};
 use mayfly_crds::{CredentialBinding, RunnerPool};
-use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::watches::{strip, strip_pod, watch};
 use super::{GRACE, connect, first_end, health, metrics, serve_plain, serve_tls};
-use crate::audit::{Audit, FileSink, HttpSink, StdoutSink};
-use crate::cli::{AuditTo, BrokerSettings};
+use crate::cli::BrokerSettings;
 use crate::credentials::{self, Broker, Guarded, Http, Issuer, Issuers, Known, Parts, Providers, Reports, Rhythm, no_server_at};
-use crate::forge::http_client;
 use crate::kube_io::KubeIo;
 use crate::pool::Deaf;
 use crate::runner::identity::Identities;
@@ -31,22 +28,16 @@ pub(crate) async fn run_broker(settings: BrokerSettings) -> Result<()> {
     let mut parts: JoinSet<Result<&'static str>> = JoinSet::new();
     serve_plain(&mut parts, "health", settings.health_address, health.router(), &stop);
 
-    let audit = match settings.audit {
-        AuditTo::StandardOutput => Audit::new(StdoutSink),
-        AuditTo::File { path, rotation } => {
-            Audit::new(FileSink::open(&path, rotation).with_context(|| format!("--audit-file {}", path.display()))?)
-        }
-        AuditTo::Collector { url, authorities, token_file } => {
-            let client = http_client(authorities.as_deref(), None, |_| None).context("HTTP client for --audit-url")?;
-            Audit::new(HttpSink { client, url, token_file, runtime: Handle::current() })
-        }
-    };
+    let audit = super::audit_trail(&settings.audit)?;
     let issuers = settings.issuers.iter().map(|(config, authorities)| {
         let http = Http::new(authorities.as_deref(), no_server_at).with_context(|| format!("HTTP client for {}", config.issuer))?;
         Ok(Issuer::new(config, http, Rhythm::default()))
     });
     let issuers = Arc::new(Issuers::new(issuers.collect::<Result<Vec<_>>>()?));
-    let providers = Providers::new(Http::new(settings.provider_ca.as_deref(), no_server_at).context("HTTP client for providers")?);
+    let providers = Providers::new(
+        Http::new(settings.provider_ca.as_deref(), no_server_at).context("HTTP client for providers")?,
+        settings.github_apps,
+    );
 
     let client = connect().await?;
     // The broker hears of every change soon enough by the silence that a connection may have; nothing of it depends on a missed event.
@@ -87,7 +78,16 @@ pub(crate) async fn run_broker(settings: BrokerSettings) -> Result<()> {
         reports,
     }));
     let tls = GateTls { authority: String::new(), certificate: settings.certificate, key: settings.key };
-    serve_tls(&mut parts, "broker", settings.broker_address, credentials::router(broker), tls, &stop).await?;
+    serve_tls(&mut parts, "broker", settings.broker_address, credentials::router(broker.clone()), tls, &stop).await?;
+    let until = stop.clone();
+    parts.spawn(async move {
+        tokio::select! { () = broker.keep_revoking() => {}, () = until.cancelled() => {} }
+        match broker.unrevoked() {
+            0 => {}
+            count => tracing::warn!(count, "credentials of running pods are not revoked by this process: they live until their end"),
+        }
+        Ok("revocations")
+    });
 
     let until = stop.clone();
     parts.spawn(async move {

@@ -26,7 +26,8 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::cli::Settings;
+use crate::audit::{Audit, FileSink, HttpSink, StdoutSink};
+use crate::cli::{AuditTo, Settings};
 use crate::forge::http_client;
 use crate::isolation::{Controls, Names, no_forge_at};
 use crate::issuer::Issuer;
@@ -52,6 +53,7 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
     let mut parts: JoinSet<Result<&'static str>> = JoinSet::new();
     serve_plain(&mut parts, "health", settings.health_address, health.router(), &stop);
 
+    let audit = audit_trail(&settings.audit)?;
     let client = connect().await?;
     let namespace = settings.cluster.operator_namespace.clone();
     let io = KubeIo::new(client.clone(), settings.instance.clone(), metrics.clone());
@@ -74,8 +76,8 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
     let registry = Arc::new(registry);
     let deaf = Arc::new(Deaf::default());
     let (stores, root) = watches::start(&client, &namespace, &registry, &deaf, &mut parts, &stop);
-    let trusted = settings.issuers.clone();
-    let bindings = trusted.map(|trusted| bindings::start(&client, &io, &registry, trusted, &mut parts, &stop));
+    let configured = settings.broker_knows.clone();
+    let bindings = configured.map(|known| bindings::start(&client, &io, &audit, &registry, known, &mut parts, &stop));
     let dialects = dialects::start(&client, &settings.cilium_namespace, &registry, &mut parts, &stop);
     let pools = stores.pools.clone();
     let ctx = Arc::new(Context {
@@ -98,6 +100,7 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
         issuer: issuer.clone(),
         names: Names::default(),
         tasks: TaskTracker::new(),
+        audit,
         settings,
     });
     let mut gates = handoff::router(ctx.clone());
@@ -148,6 +151,20 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
         tracing::warn!("not everything ended in time");
     }
     ended
+}
+
+/// Opens the trail; what it says goes on where its last record ended.
+fn audit_trail(to: &AuditTo) -> Result<Audit> {
+    Ok(match to {
+        AuditTo::StandardOutput => Audit::new(StdoutSink),
+        AuditTo::File { path, rotation } => {
+            Audit::new(FileSink::open(path, *rotation).with_context(|| format!("--audit-file {}", path.display()))?)
+        }
+        AuditTo::Collector { url, authorities, token_file } => {
+            let client = http_client(authorities.as_deref(), None, |_| None).context("HTTP client for --audit-url")?;
+            Audit::new(HttpSink { client, url: url.clone(), token_file: token_file.clone(), runtime: tokio::runtime::Handle::current() })
+        }
+    })
 }
 
 fn install_tls_provider() -> Result<()> {

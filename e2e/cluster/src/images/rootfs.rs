@@ -121,7 +121,7 @@ pub(super) fn debian(layout: &Layout, suite: &str, packages: &BTreeSet<String>, 
     Ok(())
 }
 
-/// Runs a command in the tree, with this machine's network and names, in mount and process namespaces of its own.
+/// Runs a command in the tree, with this machine's network, names and certificate authorities, in mount and process namespaces of its own.
 pub(super) fn run_in(root: &Path, argv: &[String], environment: &Variables, config: &Config, log: &Path) -> Result<()> {
     let (user, group) = config.user.split_once(':').unwrap_or((&config.user, ""));
     let user = if user.is_empty() { 0 } else { files::number(root, "etc/passwd", user)? };
@@ -141,7 +141,10 @@ mount -t proc proc "$root/proc"
 mount -t tmpfs -o mode=755 tmpfs "$root/dev"
 for device in null zero full random urandom tty; do : > "$root/dev/$device"; mount --bind "/dev/$device" "$root/dev/$device"; done
 ln -s /proc/self/fd "$root/dev/fd"
-[ ! -e /etc/resolv.conf ] || mount --bind /etc/resolv.conf "$root/etc/resolv.conf"
+authorities=/etc/ssl/certs/ca-certificates.crt
+for file in /etc/resolv.conf $authorities; do
+  if [ -e $file ] && [ -e "$root$file" ]; then mount --bind $file "$root$file"; fi
+done
 exec chroot --userspec="$userspec" "$root" /usr/bin/env -C "$workdir" -- "$@""#;
     let mut unshare = command("unshare", ["--mount", "--pid", "--fork", "--kill-child", "sh", "-euc", script, "run"]);
     unshare.arg(root).arg(format!("{user}:{group}")).arg(workdir).args(argv);

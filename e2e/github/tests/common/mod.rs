@@ -2,7 +2,6 @@
 
 #![allow(dead_code, reason = "each test program uses its part")]
 
-use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
@@ -51,11 +50,6 @@ impl Drop for Folder {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
     }
-}
-
-/// An address that nobody listens on now: for what has to be known before anybody does.
-pub(crate) fn free_address() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
 /// Runs a stand-in runner with this configuration, given by its environment.

@@ -27,7 +27,7 @@ pub(super) struct Stage {
     _server: server::Server,
     simulator: Simulator,
     pub(super) issuer: String,
-    sts: Sts,
+    pub(super) sts: Sts,
     audit: Memory,
     pods: reflector::store::Writer<Pod>,
     pub(super) bindings: reflector::store::Writer<Guarded<CredentialBinding>>,
@@ -119,7 +119,7 @@ impl Stage {
             known: Known { pods: pod_store, pools, bindings: binding_store },
             identities: Identities::new(io, BROKER_AUDIENCE),
             issuers: Arc::new(issuers),
-            providers: Providers::new(http),
+            providers: Providers::new(http, Vec::new()),
             audit: Audit::new(audit.clone()),
             metrics,
             remembered,
@@ -328,11 +328,11 @@ async fn a_pod_learns_of_the_bindings_for_its_job_and_of_no_other() {
     assert!(stage.audit.records().is_empty() && stage.sts.calls() == 0);
 }
 
-#[tokio::test]
-async fn a_pod_that_ends_while_the_cloud_takes_its_time_gets_nothing() {
-    let mut stage = Stage::set(both()).await;
+/// The first pod asks, and is deleted while the provider has not answered yet.
+async fn ask_and_end(stage: &mut Stage) -> (StatusCode, Value) {
     let token = stage.token(|_| {}).await;
     let mut pods = std::mem::replace(&mut stage.pods, reflector::store().1);
+    let stage = &*stage;
     let hold = stage.sts.hold.clone();
     let held = hold.write().await;
     let end = async {
@@ -342,7 +342,13 @@ async fn a_pod_that_ends_while_the_cloud_takes_its_time_gets_nothing() {
         pods.apply_watcher_event(&WatchEvent::Delete(pod("linux-1", "uid-1", &job("31"))));
         drop(held);
     };
-    let ((status, answer), ()) = tokio::join!(stage.ask("pod-1", &token), end);
+    tokio::join!(stage.ask("pod-1", &token), end).0
+}
+
+#[tokio::test]
+async fn a_pod_that_ends_while_the_cloud_takes_its_time_gets_nothing() {
+    let mut stage = Stage::set(both()).await;
+    let (status, answer) = ask_and_end(&mut stage).await;
     assert_eq!((status, &answer["error"]), (StatusCode::UNAUTHORIZED, &json!("invalid_client")));
     assert_eq!(stage.audit.records()[0]["action"], "credential.denied");
 }
@@ -411,4 +417,106 @@ async fn bodies_are_forms_of_a_bounded_size() {
     assert_eq!(stage.post(form, "x".repeat(10 << 20)).await.0, StatusCode::PAYLOAD_TOO_LARGE);
     assert_eq!(stage.post(form, String::new()).await.1["error"], "unsupported_grant_type");
     assert_eq!(stage.post(form, "%ff%fe=%00".to_owned()).await.1["error"], "unsupported_grant_type");
+}
+
+/// A binding whose tokens Vault gives, and revokes.
+fn for_vault(stage: &Stage) -> Guarded<CredentialBinding> {
+    let mut changed = serde_json::to_value(binding(&stage.issuer, &stage.sts.url).0.expect("a binding")).expect("JSON");
+    changed["spec"]["provider"] = json!({"vault": {"address": stage.sts.url, "role": "deploy"}});
+    serde_json::from_value(changed).expect("a binding")
+}
+
+fn vault_grants() -> (u16, String) {
+    let auth =
+        json!({"client_token": "token-of-vault", "accessor": "a", "policies": ["deploy"], "lease_duration": 900, "token_type": "service"});
+    (200, json!({"auth": auth}).to_string())
+}
+
+#[tokio::test]
+async fn what_can_be_revoked_is_revoked_when_its_pod_ends() {
+    let mut stage = Stage::set(both()).await;
+    stage.bindings.apply_watcher_event(&WatchEvent::Apply(for_vault(&stage)));
+    stage.sts.then(vec![vault_grants()]);
+    let token = stage.token(|_| {}).await;
+    for _ in 0..2 {
+        let (status, answer) = stage.ask("pod-1", &token).await;
+        assert_eq!((status, &answer["access_token"]), (StatusCode::OK, &json!("token-of-vault")), "{answer}");
+    }
+    stage.broker.revoke_what_is_due().await;
+    assert_eq!((stage.sts.calls(), stage.broker.unrevoked()), (1, 1), "one credential, and its job runs");
+
+    stage.pods.apply_watcher_event(&WatchEvent::Delete(pod("linux-1", "uid-1", &job("31"))));
+    stage.sts.then(vec![(503, String::new())]);
+    stage.broker.revoke_what_is_due().await;
+    assert_eq!((stage.sts.calls(), stage.broker.unrevoked()), (4, 1), "tried three times, and due again");
+    stage.sts.then(vec![(204, String::new())]);
+    stage.broker.revoke_what_is_due().await;
+    stage.broker.revoke_what_is_due().await;
+    assert_eq!((stage.sts.calls(), stage.broker.unrevoked()), (5, 0), "once");
+    assert_eq!(stage.sts.call(4).headers["x-vault-token"], "token-of-vault");
+    let record = stage.audit.records().pop().expect("a record");
+    assert_eq!(
+        (&record["action"], &record["success"], &record["actor"]["uid"]),
+        (&json!("credential.revoked"), &json!(true), &json!("uid-1"))
+    );
+    assert!(!record.to_string().contains("token-of-vault"));
+}
+
+#[tokio::test]
+async fn what_came_of_a_binding_ends_with_it_and_what_cannot_be_revoked_is_recorded() {
+    let mut stage = Stage::set(both()).await;
+    let binding = for_vault(&stage);
+    stage.bindings.apply_watcher_event(&WatchEvent::Apply(binding.clone()));
+    stage.sts.then(vec![vault_grants(), (403, String::new())]);
+    let token = stage.token(|_| {}).await;
+    assert_eq!(stage.ask("pod-1", &token).await.0, StatusCode::OK);
+    stage.bindings.apply_watcher_event(&WatchEvent::Delete(binding));
+    stage.broker.revoke_what_is_due().await;
+    assert_eq!((stage.sts.calls(), stage.broker.unrevoked()), (2, 0));
+    let record = stage.audit.records().pop().expect("a record");
+    assert_eq!((&record["action"], &record["success"]), (&json!("credential.revoked"), &json!(false)));
+    assert!(record["payload"]["error"].as_str().is_some_and(|error| error.contains("403")), "{record}");
+}
+
+#[tokio::test]
+async fn a_pod_that_ends_while_vault_takes_its_time_has_its_token_revoked() {
+    let mut stage = Stage::set(both()).await;
+    stage.bindings.apply_watcher_event(&WatchEvent::Apply(for_vault(&stage)));
+    stage.sts.then(vec![vault_grants(), (204, String::new())]);
+    let (status, _) = ask_and_end(&mut stage).await;
+    assert_eq!(status, StatusCode::UNAUTHORIZED);
+    stage.broker.revoke_what_is_due().await;
+    assert_eq!((stage.sts.calls(), stage.broker.unrevoked()), (2, 0));
+}
+
+#[tokio::test]
+async fn the_token_itself_and_scopes_are_asked_for_by_their_names() {
+    let mut stage = Stage::set(both()).await;
+    let scopes = ["https://management.azure.com/.default", "https://storage.azure.com/.default"];
+    let id = "00000000-1111-2222-3333-444444444444";
+    let mut changed = serde_json::to_value(binding(&stage.issuer, &stage.sts.url).0.expect("a binding")).expect("JSON");
+    changed["spec"]["lifetimeSeconds"] = json!(5400);
+    changed["spec"]["provider"] = json!({"azure": {"tenantId": id, "clientId": id, "scopes": scopes, "authorityHost": stage.sts.url}});
+    stage.bindings.apply_watcher_event(&WatchEvent::Apply(serde_json::from_value(changed).expect("a binding")));
+    stage.sts.then(vec![(200, json!({"access_token": "token-of-entra", "expires_in": 4000}).to_string())]);
+    let token = stage.token(|_| {}).await;
+    let kind = "application/x-www-form-urlencoded";
+    for scope in scopes {
+        let (status, answer) = stage.post(kind, format!("{}&scope={scope}", form("pod-1", &token))).await;
+        assert_eq!((status, &answer["token_type"]), (StatusCode::OK, &json!("Bearer")), "{answer}");
+    }
+    let asked: Vec<_> = (0..2).map(|number| stage.sts.call(number).parameter("scope").expect("a scope")).collect();
+    assert_eq!(asked, scopes, "each for its own");
+    let (status, answer) = stage.ask("pod-1", &token).await;
+    assert_eq!((status, stage.sts.calls()), (StatusCode::OK, 2), "the first, again: {answer}");
+    for wrong in
+        ["https://vault.azure.net/.default", "https%3A%2F%2Fmanagement.azure.com%2F.default+https%3A%2F%2Fstorage.azure.com%2F.default"]
+    {
+        let (status, answer) = stage.post(kind, format!("{}&scope={wrong}", form("pod-1", &token))).await;
+        assert_eq!((status, &answer["error"]), (StatusCode::BAD_REQUEST, &json!("invalid_scope")), "{answer}");
+    }
+    let itself = format!("{}&requested_token_type=urn:ietf:params:oauth:token-type:jwt", form("pod-1", &token));
+    let (status, answer) = stage.post(kind, itself).await;
+    assert_eq!((status, &answer["access_token"]), (StatusCode::OK, &json!(token)));
+    assert_eq!(stage.sts.calls(), 2);
 }

@@ -7,7 +7,6 @@
 use std::fmt;
 use std::time::Duration;
 
-use async_trait::async_trait;
 use aws_sdk_sts::config::retry::RetryConfig;
 use aws_sdk_sts::config::timeout::TimeoutConfig;
 use aws_sdk_sts::config::{BehaviorVersion, Config, Region};
@@ -21,10 +20,11 @@ use aws_smithy_runtime_api::client::result::ConnectorError;
 use aws_smithy_runtime_api::client::runtime_components::RuntimeComponents;
 use aws_smithy_types::body::SdkBody;
 use jiff::Timestamp;
+use mayfly_crds::Aws as Spec;
 use serde_json::json;
 
 use super::super::http::{CallError, Http};
-use super::{Credential, Exchange, Order, ProviderError};
+use super::{Credential, Order, ProviderError};
 use crate::forge::Secret;
 
 /// Longest answer of STS, in bytes.
@@ -38,18 +38,6 @@ const KIND: &str = "urn:mayfly:params:oauth:token-type:aws-credentials";
 /// Longest name of a session (STS, `RoleSessionName`).
 const SESSION_MAX: usize = 64;
 
-/// AWS.
-pub(crate) struct Aws {
-    http: SharedHttpClient,
-}
-
-impl Aws {
-    /// Speaks with this client.
-    pub(crate) fn new(http: Http) -> Self {
-        Self { http: SharedHttpClient::new(Client(http)) }
-    }
-}
-
 /// The name of a job's session: it appears in CloudTrail, and in the ARN that policies see.
 pub(crate) fn session_name(run: &str, attempt: &str, job: &str) -> String {
     let plain = |text: &str| text.chars().filter(|letter| letter.is_ascii_alphanumeric()).collect::<String>();
@@ -58,10 +46,18 @@ pub(crate) fn session_name(run: &str, attempt: &str, job: &str) -> String {
     name
 }
 
-#[async_trait]
-impl Exchange for Aws {
-    async fn exchange(&self, order: &Order<'_>) -> Result<Credential, ProviderError> {
-        let aws = order.provider.aws.as_ref().ok_or_else(|| ProviderError::Refused("the binding names no role".to_owned()))?;
+/// AWS.
+pub(super) struct Aws {
+    http: SharedHttpClient,
+}
+
+impl Aws {
+    /// Speaks with this client.
+    pub(super) fn new(http: Http) -> Self {
+        Self { http: SharedHttpClient::new(Client(http)) }
+    }
+
+    pub(super) async fn exchange(&self, aws: &Spec, order: &Order<'_>) -> Result<Credential, ProviderError> {
         let mut config = Config::builder()
             .behavior_version(BehaviorVersion::latest())
             .region(Region::new(aws.region.clone()))
@@ -85,9 +81,6 @@ impl Exchange for Aws {
             .map_err(|error| classified(&error))?;
         let keys = answer.credentials().ok_or_else(|| ProviderError::Unavailable("the answer of STS holds no credentials".to_owned()))?;
         let expires = keys.expiration().secs();
-        if expires <= order.now {
-            return Err(ProviderError::Unavailable("the credentials of STS have expired already".to_owned()));
-        }
         let when = Timestamp::from_second(expires).map_err(|_| ProviderError::Unavailable("STS gives a time that is none".to_owned()))?;
         let value = json!({
             "Version": 1, "AccessKeyId": keys.access_key_id(), "SecretAccessKey": keys.secret_access_key(),
@@ -97,7 +90,7 @@ impl Exchange for Aws {
             "provider": "aws", "roleArn": aws.role_arn, "region": aws.region, "session": order.session,
             "assumedRole": answer.assumed_role_user().map(|user| user.arn()), "accessKeyId": keys.access_key_id(),
         });
-        Ok(Credential { value: Secret::new(value.to_string()), kind: KIND, expires, about })
+        Credential::new(Secret::new(value.to_string()), KIND, expires, about, order)
     }
 }
 

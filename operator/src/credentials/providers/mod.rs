@@ -1,20 +1,31 @@
 //! What a verified token becomes. All providers keep one contract (`contract.rs`): they give out no more than was ordered, tell a refusal
 //! from an outage, and put nothing secret into errors.
 
-use async_trait::async_trait;
-use mayfly_crds::Provider;
+use mayfly_crds::{Chosen, Provider};
 use serde_json::{Value, json};
 
 use super::http::Http;
 use crate::forge::Secret;
 
 mod aws;
+mod azure;
+mod calls;
 #[cfg(test)]
 mod contract;
+mod github_app;
+mod google;
 #[cfg(test)]
 pub(crate) mod stand_in;
+mod vault;
 
-pub(crate) use aws::{Aws, session_name};
+use aws::Aws;
+pub(crate) use aws::session_name;
+use calls::Calls;
+pub(crate) use github_app::AppConfig;
+
+/// `issued_token_type` of a JWT, and of an access token (RFC 8693, section 3).
+pub(crate) const JWT: &str = "urn:ietf:params:oauth:token-type:jwt";
+pub(crate) const ACCESS_TOKEN: &str = "urn:ietf:params:oauth:token-type:access_token";
 
 /// A credential to get.
 pub(crate) struct Order<'a> {
@@ -24,6 +35,10 @@ pub(crate) struct Order<'a> {
     pub(crate) token: &'a Secret,
     /// When that token ends, in seconds since 1970.
     pub(crate) token_expires: i64,
+    /// The token itself is wanted, to be shown to the provider by the job's SDK.
+    pub(crate) itself: bool,
+    /// Of the binding's scopes, those that are wanted.
+    pub(crate) scopes: &'a [String],
     /// Longest life of the credential, in seconds.
     pub(crate) lifetime: u32,
     /// Name of the session, by which the cloud's own records speak of the job.
@@ -41,8 +56,20 @@ pub(crate) struct Credential {
     pub(crate) kind: &'static str,
     /// When it ends, in seconds since 1970.
     pub(crate) expires: i64,
+    /// It can be ended before, by [`Providers::revoke`].
+    pub(crate) revocable: bool,
     /// What records say of it. No secret.
     pub(crate) about: Value,
+}
+
+impl Credential {
+    /// One that cannot be revoked, and has not ended yet.
+    fn new(value: Secret, kind: &'static str, expires: i64, about: Value, order: &Order<'_>) -> Result<Self, ProviderError> {
+        match value.reveal().is_empty() || expires <= order.now {
+            true => Err(ProviderError::Unavailable("what the provider gives is nothing, or has ended already".to_owned())),
+            false => Ok(Self { value, kind, expires, revocable: false, about }),
+        }
+    }
 }
 
 /// Why there is no credential. The texts are for the binding's owner and hold nothing of the token.
@@ -56,48 +83,50 @@ pub(crate) enum ProviderError {
     Unavailable(String),
 }
 
-/// Gets credentials of one kind.
-#[async_trait]
-pub(crate) trait Exchange: Send + Sync {
-    /// Gets one.
-    async fn exchange(&self, order: &Order<'_>) -> Result<Credential, ProviderError>;
-}
-
-/// The token itself: nothing is exchanged.
-pub(crate) struct AudienceToken;
-
-/// `issued_token_type` of a JWT (RFC 8693, section 3).
-const JWT: &str = "urn:ietf:params:oauth:token-type:jwt";
-
-#[async_trait]
-impl Exchange for AudienceToken {
-    async fn exchange(&self, order: &Order<'_>) -> Result<Credential, ProviderError> {
-        if order.token_expires <= order.now {
-            return Err(ProviderError::Refused("the token has no life left".to_owned()));
-        }
-        let about = json!({"provider": "audienceToken"});
-        Ok(Credential { value: order.token.clone(), kind: JWT, expires: order.token_expires, about })
-    }
-}
-
 /// All providers.
 pub(crate) struct Providers {
     aws: Aws,
-    audience_token: AudienceToken,
+    calls: Calls,
+    apps: Vec<AppConfig>,
 }
 
 impl Providers {
-    /// Clouds are spoken to with this client.
-    pub(crate) fn new(http: Http) -> Self {
-        Self { aws: Aws::new(http), audience_token: AudienceToken }
+    /// Clouds are spoken to with this client; `apps` are the GitHub Apps that can be signed for.
+    pub(crate) fn new(http: Http, apps: Vec<AppConfig>) -> Self {
+        Self { aws: Aws::new(http.clone()), calls: Calls(http), apps }
     }
 
     /// Gets what the binding says.
     pub(crate) async fn exchange(&self, order: &Order<'_>) -> Result<Credential, ProviderError> {
-        match (&order.provider.aws, &order.provider.audience_token) {
-            (Some(_), None) => self.aws.exchange(order).await,
-            (None, Some(_)) => self.audience_token.exchange(order).await,
-            _ => Err(ProviderError::Refused("the binding names no provider, or more than one".to_owned())),
+        match chosen(order.provider)? {
+            _ if order.itself => the_token_itself(order),
+            Chosen::Aws(aws) => self.aws.exchange(aws, order).await,
+            Chosen::Google(google) => google::exchange(&self.calls, google, order).await,
+            Chosen::Azure(azure) => azure::exchange(&self.calls, azure, order).await,
+            Chosen::Vault(vault) => vault::exchange(&self.calls, vault, order).await,
+            Chosen::GithubApp(app) => github_app::exchange(&self.calls, &self.apps, app, order).await,
+            Chosen::AudienceToken => the_token_itself(order),
         }
     }
+
+    /// Ends a revocable credential that this provider gave.
+    pub(crate) async fn revoke(&self, provider: &Provider, credential: &Secret) -> Result<(), ProviderError> {
+        match chosen(provider)? {
+            Chosen::Vault(vault) => vault::revoke(&self.calls, vault, credential).await,
+            Chosen::GithubApp(app) => github_app::revoke(&self.calls, &self.apps, app, credential).await,
+            Chosen::Aws(_) | Chosen::Google(_) | Chosen::Azure(_) | Chosen::AudienceToken => {
+                Err(ProviderError::Refused("it cannot be revoked".to_owned()))
+            }
+        }
+    }
+}
+
+fn chosen(provider: &Provider) -> Result<Chosen<'_>, ProviderError> {
+    provider.chosen().ok_or_else(|| ProviderError::Refused("the binding names no provider, or more than one".to_owned()))
+}
+
+/// Nothing is exchanged.
+fn the_token_itself(order: &Order<'_>) -> Result<Credential, ProviderError> {
+    let about = json!({"provider": "audienceToken"});
+    Credential::new(order.token.clone(), JWT, order.token_expires, about, order)
 }

@@ -1,26 +1,41 @@
-//! A stand-in for STS. It is ours, so that what it does not know of the real service is not tested with it; real counterparts are the
+//! A stand-in for STS, and for what other clouds have in its place. It is ours, so that what it does not know of the real service is not tested with it; real counterparts are the
 //! end-to-end tests' business.
 
 use std::sync::{Arc, Mutex};
 
 use axum::Router;
 use axum::extract::State;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::post;
 use tokio::sync::RwLock;
 use tokio::task::JoinHandle;
 
 /// Status and body of each answer.
 type Answers = Arc<Mutex<Vec<(u16, String)>>>;
-/// The parameters of each call.
-type Asked = Arc<Mutex<Vec<Vec<(String, String)>>>>;
+/// Each call.
+type Calls = Arc<Mutex<Vec<Asked>>>;
+
+/// What was asked.
+#[derive(Clone)]
+pub(crate) struct Asked {
+    pub(crate) method: Method,
+    pub(crate) path: String,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: String,
+}
+
+impl Asked {
+    /// A parameter of a form.
+    pub(crate) fn parameter(&self, name: &str) -> Option<String> {
+        form_urlencoded::parse(self.body.as_bytes()).find(|(key, _)| key == name).map(|(_, value)| value.into_owned())
+    }
+}
 
 /// An STS that answers what it was told to, one answer a call, the last one for ever, and keeps what it was asked.
 #[derive(Clone)]
 pub(crate) struct Sts {
     answers: Answers,
-    asked: Asked,
+    asked: Calls,
     /// While somebody holds it for writing, nothing is answered.
     pub(crate) hold: Arc<RwLock<()>>,
     pub(crate) url: String,
@@ -42,14 +57,20 @@ impl Sts {
         let url = format!("http://{}", listener.local_addr().expect("an address"));
         let (answers, asked, hold) = (Arc::new(Mutex::new(answers)), Arc::default(), Arc::default());
         let state = (answers.clone(), Arc::clone(&asked), Arc::clone(&hold));
-        let router = Router::new().route("/", post(Self::answer)).with_state(state);
+        let router = Router::new().fallback(Self::answer).with_state(state);
         #[expect(clippy::disallowed_methods, reason = "a test's own server ends with the test")]
         let task = tokio::spawn(async move { drop(axum::serve(listener, router).await) });
         Self { answers, asked, hold, url, _task: Arc::new(Abort(task)) }
     }
 
-    async fn answer(State((answers, asked, hold)): State<(Answers, Asked, Arc<RwLock<()>>)>, body: String) -> Response {
-        asked.lock().expect("asked").push(form_urlencoded::parse(body.as_bytes()).into_owned().collect());
+    async fn answer(
+        State((answers, asked, hold)): State<(Answers, Calls, Arc<RwLock<()>>)>,
+        method: Method,
+        uri: Uri,
+        headers: HeaderMap,
+        body: String,
+    ) -> Response {
+        asked.lock().expect("asked").push(Asked { method, path: uri.path().to_owned(), headers, body });
         drop(hold.read().await);
         let mut answers = answers.lock().expect("answers");
         let (status, text) = if answers.len() > 1 { answers.remove(0) } else { answers[0].clone() };
@@ -66,9 +87,9 @@ impl Sts {
         *self.answers.lock().expect("answers") = answers;
     }
 
-    pub(crate) fn last(&self, name: &str) -> Option<String> {
-        let asked = self.asked.lock().expect("asked");
-        asked.last()?.iter().find(|(key, _)| key == name).map(|(_, value)| value.clone())
+    /// The call of this number, from zero.
+    pub(crate) fn call(&self, number: usize) -> Asked {
+        self.asked.lock().expect("asked").get(number).expect("a call").clone()
     }
 }
 

@@ -176,7 +176,8 @@ impl Forge for Gitea {
                 let path = format!("/repos/{repository}/pulls/{number}");
                 match self.rest::<wire::PullRequest>(Method::GET, &path, "the pull request").await {
                     Ok(pull_request) => pull_request.is_from_fork(),
-                    Err(ForgeError::NotFound { .. }) => None,
+                    // What the token may not read is not claimed: a binding that asks for it does not fit.
+                    Err(ForgeError::NotFound { .. } | ForgeError::Unauthorized { .. }) => None,
                     Err(error) => return Err(error),
                 }
             }

@@ -6,6 +6,7 @@ use kube::runtime::reflector::{self, store::Writer};
 use serde_json::{Value, json};
 
 use super::*;
+use crate::audit::tests::Memory;
 use crate::cli::{Cli, Command};
 use crate::forge::http_client;
 use crate::kube_io::scripted::{Answer, Server};
@@ -36,7 +37,7 @@ fn pod(name: &str, owner: &str, phase: &str) -> Pod {
 }
 
 /// What a pass needs, with these pods in the cluster.
-pub(in crate::pool) fn context(server: &Server, pods: &[Pod]) -> Arc<Context> {
+pub(crate) fn context(server: &Server, pods: &[Pod]) -> Arc<Context> {
     // The first test to come installs it.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let arguments = ["mayfly", "controller", "--namespace", "m", "--gate-image", "g", "--runner-image", "r"];
@@ -67,6 +68,7 @@ pub(in crate::pool) fn context(server: &Server, pods: &[Pod]) -> Arc<Context> {
         issuer: None,
         names: Names::default(),
         tasks: TaskTracker::new(),
+        audit: Audit::new(Memory::default()),
     })
 }
 
@@ -86,6 +88,26 @@ async fn a_malformed_pool_is_told_so_once_and_gets_nothing() {
     assert_eq!((&ready["status"], &ready["reason"], &ready["observedGeneration"]), (&json!("False"), &json!("InvalidSpec"), &json!(3)));
     let message = ready["message"].as_str().unwrap_or_default();
     assert!(message.starts_with("the object cannot be read: "), "{message}");
+}
+
+#[tokio::test]
+async fn a_spec_is_recorded_once_and_again_when_it_changes() {
+    let trail = Memory::default();
+    let answer = || Answer::Object(malformed(&FINALIZED));
+    let server = Server::new([answer(), answer(), answer()]);
+    let ctx = Arc::into_inner(context(&server, &[])).expect("one");
+    let ctx = Arc::new(Context { audit: Audit::new(trail.clone()), ..ctx });
+    let mut changed = malformed(&FINALIZED);
+    changed["metadata"]["generation"] = json!(4);
+    for pool in [malformed(&FINALIZED), malformed(&FINALIZED), changed] {
+        reconcile(guarded(&pool), ctx.clone()).await.expect("a pass");
+    }
+    ctx.tasks.close();
+    ctx.tasks.wait().await;
+    let told: Vec<Value> = trail.records().iter().map(|record| json!([record["action"], record["payload"]["generation"]])).collect();
+    assert_eq!(told, [json!(["pool.created", 3]), json!(["pool.changed", 4])]);
+    let record = &trail.records()[0];
+    assert_eq!((&record["target"]["uid"], &record["success"]), (&json!("u-1"), &json!(false)), "it cannot be read");
 }
 
 #[tokio::test]

@@ -9,8 +9,8 @@ use reqwest::header::{HeaderMap, HeaderValue};
 use serde_json::{Value, json};
 use sha2::Sha256;
 
+use super::super::context;
 use super::super::controller::Guarded;
-use super::super::controller::tests::context;
 use super::super::registry::Link;
 use super::super::validate::Source;
 use super::*;

@@ -1,0 +1,185 @@
+//! Jobs of the simulated GitHub use Vault, Google Cloud and Azure with those clouds' own libraries, and no change to what they do.
+//! Vault's JWT auth method is Vault's own; Google's STS and Entra are simulated.
+
+use anyhow::{Context, Result, ensure};
+use mayfly_e2e::binding::bind;
+use mayfly_e2e::clouds::{self, Clouds};
+use mayfly_e2e::github::Stage;
+use mayfly_e2e::stage::{PATIENCE, POOL, turn};
+use mayfly_e2e::wait::eventually;
+use serde_json::{Value, json};
+
+/// The audience of tokens for Vault, and for Entra.
+const VAULT: &str = "vault.mayfly.example";
+const ENTRA: &str = "api://AzureADTokenExchange";
+const PROVIDER: &str = "projects/123/locations/global/workloadIdentityPools/ci-pool/providers/mayfly";
+const ACCOUNT: &str = "deploy@acme.iam.gserviceaccount.com";
+const CLIENT: &str = "00000000-1111-2222-3333-444444444444";
+
+/// A stage whose pool may reach the clouds.
+async fn set(name: &str) -> Result<(Stage, Clouds)> {
+    let stage = Stage::set(name).await?;
+    let clouds = clouds::start(&stage.world).await?;
+    let egress = clouds.egress(&stage.world)?;
+    stage.pool(|pool| pool["spec"]["isolation"] = json!({"egress": egress})).await?;
+    Ok((stage, clouds))
+}
+
+/// Lets the repository's jobs have what the provider gives, for a token of this audience.
+async fn give(stage: &Stage, clouds: &Clouds, (name, audience): (&str, &str), lifetime: u32, provider: Value) -> Result<()> {
+    let binding = json!({
+        "apiVersion": "mayfly.dev/v1alpha1", "kind": "CredentialBinding", "metadata": {"name": name, "namespace": stage.namespace},
+        "spec": {
+            "pools": [POOL], "lifetimeSeconds": lifetime, "token": {"issuer": clouds.issuer, "audience": audience},
+            "subject": {"claims": {"repository_id": {"exact": stage.organization.repository_id.to_string()}}},
+            "provider": provider,
+        },
+    });
+    bind(&stage.world, &binding).await
+}
+
+/// A job that may ask for OIDC tokens, and whose programs trust the clouds' authority.
+fn job(clouds: &Clouds, script: &str) -> Value {
+    let authority = format!("cat >~/authority.pem <<'END'\n{}\nEND\n", clouds.authority.trim());
+    let trust = "echo REQUESTS_CA_BUNDLE=$HOME/authority.pem >>$GITHUB_ENV";
+    json!({"permissions": {"id-token": "write"}, "steps": [{"run": authority}, {"run": trust}, {"run": script}]})
+}
+
+/// Behind the time, and not in the script.
+fn said(log: &str, text: &str) -> bool {
+    log.lines().any(|line| line.split_once(' ').is_some_and(|(_, said)| said == text))
+}
+
+/// hvac finds its token by itself. What it has is published, and is worth nothing once the job is over.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_of_vault_is_found_by_its_client_and_ends_with_the_job() -> Result<()> {
+    let _turn = turn().await;
+    let (stage, clouds) = set("vault").await?;
+    clouds.vault_role(&stage.world, &stage.namespace, stage.organization.repository_id, VAULT).await?;
+    let vault = json!({"vault": {"address": clouds.endpoint, "role": stage.namespace}});
+    give(&stage, &clouds, ("vault", VAULT), 900, vault).await?;
+    let script = format!(
+        r#"python3 - <<'END'
+import hvac
+vault = hvac.Client()
+print('authenticated:', vault.is_authenticated())
+print('read:', vault.secrets.kv.v2.read_secret_version(path='{namespace}')['data']['data']['value'])
+try:
+    vault.secrets.kv.v2.read_secret_version(path='another')
+    print('another secret is open')
+except hvac.exceptions.Forbidden:
+    print('another secret: forbidden')
+print('loot:', vault.token[::-1], flush=True)
+END
+env | grep hvs. || echo 'no token in the environment'
+ls -lnL ~/.vault-token | cut -d' ' -f1 | sed 's/^/file: /'
+echo published
+for i in $(seq 100); do [ -e ~/over ] && break; sleep 1; done
+"#,
+        namespace = stage.namespace
+    );
+    let run = stage.push_job("ci.yml", job(&clouds, &script)).await?;
+    let log = eventually("the job has used Vault", PATIENCE, || async {
+        let jobs = stage.organization.simulator.jobs(run).await?;
+        let job = stage.organization.simulator.job(jobs.first().context("a job")?.id).await?;
+        ensure!(job.conclusion.is_none(), "{:?}; its log:\n{}", job.conclusion, job.log);
+        Ok(said(&job.log, "published").then_some(job.log))
+    })
+    .await?;
+    let read = format!("read: the secret of {}", stage.namespace);
+    for line in ["authenticated: True", read.as_str(), "another secret: forbidden", "no token in the environment", "file: -r--r-----"] {
+        ensure!(said(&log, line), "{line:?} is not in the log:\n{log}");
+    }
+    let loot = log.lines().find_map(|line| line.split_once(' ')?.1.strip_prefix("loot: ")).context("the loot")?;
+    let token: String = loot.trim().chars().rev().collect();
+    ensure!(token.starts_with("hvs.") && !log.contains(&token), "{log}");
+    ensure!(clouds.vault_knows(&stage.world, &token).await?, "the job runs");
+    stage.organization.simulator.cancel(run).await?;
+    eventually("the token is revoked", PATIENCE, || async { Ok((!clouds.vault_knows(&stage.world, &token).await?).then_some(())) }).await?;
+    stage.strike().await
+}
+
+/// Google's and Microsoft's own libraries find what they need by themselves. The broker gives finished tokens to whoever asks with `curl`.
+#[tokio::test(flavor = "multi_thread")]
+async fn libraries_of_google_and_azure_find_their_credentials() -> Result<()> {
+    let _turn = turn().await;
+    let (stage, clouds) = set("clouds").await?;
+    let google = json!({"google": {
+        "workloadIdentityProvider": PROVIDER, "serviceAccount": ACCOUNT, "stsEndpoint": clouds.endpoint,
+        "iamCredentialsEndpoint": clouds.endpoint,
+    }});
+    give(&stage, &clouds, ("google", &format!("https://iam.googleapis.com/{PROVIDER}")), 900, google).await?;
+    let subject = format!("repo:{}/web:ref:refs/heads/main", stage.organization.name);
+    clouds.federate(&stage.world, CLIENT, &subject, ENTRA).await?;
+    let azure = json!({"azure": {"tenantId": CLIENT, "clientId": CLIENT, "authorityHost": clouds.endpoint}});
+    give(&stage, &clouds, ("azure", ENTRA), 5400, azure).await?;
+    let script = format!(
+        r#"export GOOGLE_CLOUD_PROJECT=acme
+python3 - <<'END'
+import json, os, requests, time
+def whoami(token):
+    answer = requests.get('{endpoint}/whoami', headers={{'Authorization': 'Bearer ' + token}})
+    return answer.json()['identity'] if answer.ok else answer.status_code
+import google.auth, google.auth.transport.requests
+credentials, _ = google.auth.default(scopes=['https://www.googleapis.com/auth/devstorage.read_only'])
+session = google.auth.transport.requests.AuthorizedSession(credentials)
+answer = session.get('{endpoint}/whoami').json()
+print('google:', answer['identity'], answer['scopes'][0].split('/')[-1])
+print('google lives', 'at most 900 s' if answer['expires'] <= time.time() + 901 else answer)
+from azure.identity import DefaultAzureCredential
+from azure.core.exceptions import ClientAuthenticationError
+azure = DefaultAzureCredential()
+print('azure:', whoami(azure.get_token('https://management.azure.com/.default').token))
+try:
+    DefaultAzureCredential().get_token('https://vault.azure.net/.default')
+    print('another resource is open')
+except ClientAuthenticationError:
+    print('another resource: refused')
+base, shown = os.environ['MAYFLY_CREDENTIALS_URL'], open(os.environ['MAYFLY_CREDENTIALS_TOKEN_FILE']).read()
+for name in ('google', 'azure'):
+    print('finished', name + ':', whoami(requests.get(f'{{base}}/v1/token/{{name}}', headers={{'Authorization': shown}}).json()['value']))
+END
+"#,
+        endpoint = clouds.endpoint
+    );
+    let log = stage.succeeds(stage.push_job("ci.yml", job(&clouds, &script)).await?).await?;
+    for line in [
+        format!("google: {ACCOUNT} devstorage.read_only"),
+        "google lives at most 900 s".to_owned(),
+        format!("azure: {CLIENT}"),
+        "another resource: refused".to_owned(),
+        format!("finished google: {ACCOUNT}"),
+        format!("finished azure: {CLIENT}"),
+    ] {
+        ensure!(said(&log, &line), "{line:?} is not in the log:\n{log}");
+    }
+    stage.strike().await
+}
+
+/// The clouds do not take Mayfly's word: a token for another audience, and a binding for a role that another repository has, give nothing,
+/// and the owner is told what the cloud said.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_cloud_refuses_is_told_to_the_owner() -> Result<()> {
+    let _turn = turn().await;
+    let (stage, clouds) = set("refused").await?;
+    clouds.vault_role(&stage.world, &stage.namespace, stage.organization.repository_id + 1, VAULT).await?;
+    give(&stage, &clouds, ("vault", VAULT), 900, json!({"vault": {"address": clouds.endpoint, "role": stage.namespace}})).await?;
+    let azure = json!({"azure": {"tenantId": CLIENT, "clientId": CLIENT.replace('4', "5"), "authorityHost": clouds.endpoint}});
+    give(&stage, &clouds, ("azure", ENTRA), 5400, azure).await?;
+    let log = stage
+        .succeeds(stage.push_job("ci.yml", job(&clouds, "[ ! -e ~/.vault-token ] && [ -z \"${IDENTITY_ENDPOINT:-}\" ]")).await?)
+        .await?;
+    for binding in ["vault", "azure"] {
+        let line = format!("Mayfly: CredentialBinding {binding} gives nothing: the broker answers 403 access_denied");
+        ensure!(log.contains(&line), "{line:?} is not in the log:\n{log}");
+    }
+    let told = eventually("the owner is told", PATIENCE, || async {
+        let told = stage.events("CredentialDenied").await?;
+        Ok((told.len() >= 2).then_some(told))
+    })
+    .await?;
+    for why in ["Vault answers 400", "Entra answers 401 invalid_client AADSTS700213"] {
+        ensure!(told.iter().any(|told| told.contains(why)), "{why:?} is not in {told:?}");
+    }
+    stage.strike().await
+}
