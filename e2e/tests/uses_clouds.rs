@@ -135,6 +135,9 @@ try:
     print('another resource is open')
 except ClientAuthenticationError:
     print('another resource: refused')
+from azure.identity import WorkloadIdentityCredential
+itself = WorkloadIdentityCredential(tenant_id='{CLIENT}', client_id='{CLIENT}', authority='{endpoint}', disable_instance_discovery=True)
+print('azure by the file:', whoami(itself.get_token('https://management.azure.com/.default').token))
 base, shown = os.environ['MAYFLY_CREDENTIALS_URL'], open(os.environ['MAYFLY_CREDENTIALS_TOKEN_FILE']).read()
 for name in ('google', 'azure'):
     print('finished', name + ':', whoami(requests.get(f'{{base}}/v1/token/{{name}}', headers={{'Authorization': shown}}).json()['value']))
@@ -148,6 +151,7 @@ END
         "google lives at most 900 s".to_owned(),
         format!("azure: {CLIENT}"),
         "another resource: refused".to_owned(),
+        format!("azure by the file: {CLIENT}"),
         format!("finished google: {ACCOUNT}"),
         format!("finished azure: {CLIENT}"),
     ] {

@@ -176,17 +176,17 @@ fn arrange(settings: &Settings, client: &Arc<Client>) -> Option<Arranged> {
 fn serve_job(settings: &Settings, client: &Client, desk: Option<Arc<Desk>>) -> Result<(), String> {
     let job = client.job()?;
     let folder = settings.registration.parent().ok_or("the registration has no folder")?;
-    if let Some(desk) = desk {
-        tell(&folder.join(JOB), &job)?;
-        say("the job is accepted");
-        return desk.learn();
-    }
-    let counter = settings.credentials.as_ref().map(|_| Counter::open(folder)).transpose()?;
+    // Where the job's hook comes as soon as it is told.
+    let counter = match (&desk, &settings.credentials) {
+        (None, Some(credentials)) => Some((Counter::open(folder)?, credentials)),
+        _ => None,
+    };
     tell(&folder.join(JOB), &job)?;
     say("the job is accepted");
-    match (counter, &settings.credentials) {
-        (Some(counter), Some(credentials)) => match counter.serve(credentials)? {},
-        _ => Err("there is no broker: the job gets no credentials".to_owned()),
+    match (desk, counter) {
+        (Some(desk), _) => desk.learn(),
+        (None, Some((counter, credentials))) => match counter.serve(credentials)? {},
+        (None, None) => Err("there is no broker: the job gets no credentials".to_owned()),
     }
 }
 

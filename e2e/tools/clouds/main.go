@@ -116,6 +116,7 @@ func run(address, certificate, key, issuer, authority, rootFile string) error {
 	mux.HandleFunc("POST /v1/token", c.googleToken)
 	mux.HandleFunc("POST /v1/projects/-/serviceAccounts/{account}", c.googleImpersonate)
 	mux.HandleFunc("POST /{tenant}/oauth2/v2.0/token", c.entraToken)
+	mux.HandleFunc("GET /{tenant}/v2.0/.well-known/openid-configuration", c.entraDiscovery)
 	mux.HandleFunc("POST /control/federated-credentials", c.entraFederate)
 	mux.HandleFunc("GET /whoami", c.whoami)
 	log.Printf("listening on %s", address)
@@ -380,6 +381,14 @@ func (c *clouds) entraFederate(w http.ResponseWriter, r *http.Request) {
 	c.federated = append(c.federated, one)
 	c.lock.Unlock()
 	w.WriteHeader(http.StatusNoContent)
+}
+
+// What clients look up before they ask for a token.
+func (c *clouds) entraDiscovery(w http.ResponseWriter, r *http.Request) {
+	base := "https://" + r.Host + "/" + r.PathValue("tenant")
+	answer(w, http.StatusOK, map[string]any{
+		"issuer": base + "/v2.0", "token_endpoint": base + "/oauth2/v2.0/token", "authorization_endpoint": base + "/oauth2/v2.0/authorize",
+	})
 }
 
 func entraError(w http.ResponseWriter, code string, number int, description string) {

@@ -21,6 +21,8 @@ const TOKEN: &str = "credentials-token";
 const GOOGLE: &str = "google-credentials.json";
 /// The job's token of Vault.
 const VAULT: &str = "vault-token";
+/// The job's own token, for those who show it to Entra themselves.
+const AZURE: &str = "azure-federated-token";
 
 /// A credential is renewed when it has less left than this, or than half its life: SDKs want more than a quarter of an hour.
 const RENEW: Duration = Duration::from_secs(20 * 60);
@@ -238,7 +240,12 @@ impl Desk {
                 vec![("GOOGLE_APPLICATION_CREDENTIALS", file.clone()), ("CLOUDSDK_AUTH_CREDENTIAL_FILE_OVERRIDE", file)]
             }
             Provider::Azure { .. } => {
-                vec![("IDENTITY_ENDPOINT", format!("{base}/v1/azure/{name}")), ("IDENTITY_HEADER", self.token.clone())]
+                vec![
+                    ("IDENTITY_ENDPOINT", format!("{base}/v1/azure/{name}")),
+                    ("IDENTITY_HEADER", self.token.clone()),
+                    // Without tenant and client, which the workflow names where it wants this, libraries pass it by.
+                    ("AZURE_FEDERATED_TOKEN_FILE", self.file(AZURE)),
+                ]
             }
             Provider::Vault { address, namespace } => {
                 let namespace = namespace.iter().map(|namespace| ("VAULT_NAMESPACE", namespace.clone()));
@@ -352,10 +359,8 @@ impl Desk {
                     return Ok(vec![session.secret_access_key, session.session_token]);
                 }
                 Ok(kept) => {
-                    if kind == Kind::Vault {
-                        crate::tell(&self.folder.join(VAULT), kept.value.as_bytes()).map_err(Trouble::Passing)?;
-                    }
-                    return Ok(vec![kept.value]);
+                    let filed = self.write_file(binding, kind).await?.filter(|filed| filed.value != kept.value);
+                    return Ok(std::iter::once(kept.value).chain(filed.map(|filed| filed.value)).collect());
                 }
             }
         }
@@ -388,31 +393,43 @@ impl Desk {
         self.aws(self.only(Kind::Aws).await?).await
     }
 
-    /// Has the job's AWS credential there before it is asked for, as SDKs wait a second or two, unless a hook saw to that; and keeps its
-    /// token of Vault in a file, as nobody asks for that.
+    /// Has the job's AWS credential there before it is asked for, as SDKs wait a second or two, unless a hook saw to that; and keeps in
+    /// files what nobody asks for.
     pub(crate) async fn keep_ready(self: &Arc<Self>) {
         if matches!(self.identity, Identity::Operator(_)) {
             // Whoever asks for it gets the error.
             let _ = self.only_aws().await;
         }
-        let Ok(binding) = self.only(Kind::Vault).await else { return };
+        tokio::join!(self.keep_file(Kind::Vault), self.keep_file(Kind::Azure));
+    }
+
+    /// Keeps the file of a kind as long as what is in it can be renewed.
+    async fn keep_file(self: &Arc<Self>, kind: Kind) {
+        let Ok(binding) = self.only(kind).await else { return };
         if self.drawer(binding, |_| true).await.is_ok_and(|drawer| drawer.denied.load(Ordering::Relaxed)) {
             return;
         }
         loop {
-            let pause = match self.get(binding, |kind| kind == Kind::Vault, Wish::default()).await {
-                Ok(kept) => match crate::tell(&self.folder.join(VAULT), kept.value.as_bytes()) {
-                    Ok(()) => kept.fresh_for(Instant::now()).max(PAUSE_FILE),
-                    Err(why) => {
-                        crate::say(&why);
-                        PAUSE_FILE
-                    }
-                },
+            let pause = match self.write_file(binding, kind).await {
+                Ok(Some(kept)) => kept.fresh_for(Instant::now()).max(PAUSE_FILE),
+                Ok(None) => return,
                 Err(Trouble::Denied(why)) => return crate::say(&format!("CredentialBinding {binding} gives nothing: {why}")),
                 Err(Trouble::Passing(_)) => PAUSE_FILE,
             };
             tokio::time::sleep(pause).await;
         }
+    }
+
+    /// Writes the file of a kind that has one; returns what is in it.
+    async fn write_file(self: &Arc<Self>, binding: &str, kind: Kind) -> Result<Option<Kept>, Trouble> {
+        let (file, itself) = match kind {
+            Kind::Vault => (VAULT, false),
+            Kind::Azure => (AZURE, true),
+            Kind::Aws | Kind::Google | Kind::GithubApp | Kind::AudienceToken => return Ok(None),
+        };
+        let kept = self.get(binding, |found| found == kind, Wish { itself, scope: None }).await?;
+        crate::tell(&self.folder.join(file), kept.value.as_bytes()).map_err(Trouble::Passing)?;
+        Ok(Some(kept))
     }
 
     /// What `ACTIONS_ID_TOKEN_REQUEST_URL` answers: a token of the job for this audience. Of a forge the job asks itself.
@@ -654,6 +671,8 @@ pub(super) mod tests {
             assert_eq!(shown, [format!("mask {secret}")]);
         }
         assert_eq!(std::fs::read_to_string(desk.file(VAULT)).expect("a file"), "hunter6");
+        assert_eq!(set("AZURE_FEDERATED_TOKEN_FILE"), Some(desk.file(AZURE)));
+        assert_eq!(std::fs::read_to_string(desk.file(AZURE)).expect("a file"), "hunter5");
         let file = std::fs::read_to_string(set("GOOGLE_APPLICATION_CREDENTIALS").expect("a path")).expect("a file");
         assert!(!file.contains("hunter"), "{file}");
         let account: Value = serde_json::from_str(&file).expect("JSON");

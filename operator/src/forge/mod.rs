@@ -46,11 +46,17 @@ pub(crate) trait Forge: Send + Sync + fmt::Debug {
     async fn runners(&self) -> Result<Vec<RegisteredRunner>, ForgeError>;
 
     /// Keeps a registered runner from taking a job from now on. A job it has taken goes on ([`Removal::Busy`] where the forge says so).
-    async fn pause(&self, runner: &RunnerKey) -> Result<Removal, ForgeError>;
+    /// Where runners cannot be paused they are removed, which a forge refuses where one has a job.
+    async fn pause(&self, runner: &RunnerKey) -> Result<Removal, ForgeError> {
+        self.deregister(runner).await
+    }
 
     /// Says in the runner's name that the job it had is lost, so that the job ends now and not when the forge grows suspicious. A job
-    /// that is over already is a success ([`Removal::Gone`]).
-    async fn give_up(&self, job: &Job, credential: &Secret) -> Result<Removal, ForgeError>;
+    /// that is over already is a success ([`Removal::Gone`]), and so is one that the forge alone can end, when its runner has not been
+    /// heard of for long enough.
+    async fn give_up(&self, _job: &Job, _credential: &Secret) -> Result<Removal, ForgeError> {
+        Ok(Removal::Gone)
+    }
 
     /// Removes a registration. A runner that is not there is a success ([`Removal::Gone`]); one that has a job may be kept
     /// ([`Removal::Busy`]).

@@ -178,7 +178,7 @@ impl Issuer {
         let every = ["iss", "sub", "aud", "iat", "nbf", "exp", "jti", VOUCHED_BY];
         json!({
             "issuer": self.url,
-            "jwks_uri": format!("{}{KEYS}", self.url.trim_end_matches('/')),
+            "jwks_uri": format!("{}{KEYS}", self.url),
             "response_types_supported": ["id_token"],
             "subject_types_supported": ["public"],
             "id_token_signing_alg_values_supported": ["RS256"],

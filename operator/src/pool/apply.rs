@@ -165,6 +165,10 @@ async fn each<F: Future<Output = ()>>(actions: Vec<F>) {
 
 /// Writes the job onto its pod, whose first step waits for that where the runner has hooks.
 async fn mark(ctx: &Context, pool: &Pool, handle: &PoolHandle, unmarked: &Unmarked) {
+    // The watch may not have shown yet what an earlier pass wrote.
+    if handle.state().registered.get(&unmarked.pod).is_some_and(|runner| runner.accepted) {
+        return;
+    }
     let annotations = [(ANNOTATION_JOB, unmarked.job.to_string()), (ANNOTATION_WORKFLOW, unmarked.workflow.clone())];
     match ctx.io.annotate_pod(&pool.key.namespace, &unmarked.pod, &unmarked.uid, &annotations).await {
         Ok(()) => {

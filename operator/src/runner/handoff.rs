@@ -350,14 +350,6 @@ mod tests {
         async fn runners(&self) -> Result<Vec<RegisteredRunner>, ForgeError> {
             Ok(Vec::new())
         }
-
-        async fn pause(&self, _: &RunnerKey) -> Result<Removal, ForgeError> {
-            Ok(Removal::Gone)
-        }
-
-        async fn give_up(&self, _: &Job, _: &Secret) -> Result<Removal, ForgeError> {
-            Ok(Removal::Gone)
-        }
     }
 
     #[tokio::test]

@@ -220,17 +220,6 @@ impl JustInTime {
         place.map_or_else(|| self.config.url.runners_path(), |repository| format!("/repos/{repository}/actions"))
     }
 
-    async fn remove(&self, runner: &RunnerKey) -> Result<Removal, ForgeError> {
-        let removal = match self.service.remove_rest_runner(&self.path(runner.repository.as_ref()), runner.id).await {
-            Ok(()) => Removal::Done,
-            Err(error) if error.is(StatusCode::NOT_FOUND) => Removal::Gone,
-            Err(error) if error.is(StatusCode::UNPROCESSABLE_ENTITY) => return Ok(Removal::Busy),
-            Err(error) => return Err(error.into()),
-        };
-        self.board().removed(runner);
-        Ok(removal)
-    }
-
     async fn register_at(&self, place: Option<&Repository>, group: u64, reach: &Reach, name: &str) -> Result<Registration, CallError> {
         let made = self.service.rest_jit_config(&self.path(place), name, group, &reach.labels).await?;
         if made.runner.id == 0 || made.encoded.is_empty() {
@@ -318,18 +307,15 @@ impl Forge for JustInTime {
         Ok(all)
     }
 
-    /// GitHub cannot pause a runner: it is removed, which GitHub refuses where it has a job.
-    async fn pause(&self, runner: &RunnerKey) -> Result<Removal, ForgeError> {
-        self.remove(runner).await
-    }
-
-    /// GitHub ends the job by itself when its runner has not been heard of for some ten minutes; nobody else can.
-    async fn give_up(&self, _job: &Job, _credential: &Secret) -> Result<Removal, ForgeError> {
-        Ok(Removal::Gone)
-    }
-
     async fn deregister(&self, runner: &RunnerKey) -> Result<Removal, ForgeError> {
-        self.remove(runner).await
+        let removal = match self.service.remove_rest_runner(&self.path(runner.repository.as_ref()), runner.id).await {
+            Ok(()) => Removal::Done,
+            Err(error) if error.is(StatusCode::NOT_FOUND) => Removal::Gone,
+            Err(error) if error.is(StatusCode::UNPROCESSABLE_ENTITY) => return Ok(Removal::Busy),
+            Err(error) => return Err(error.into()),
+        };
+        self.board().removed(runner);
+        Ok(removal)
     }
 
     fn news(&self) -> Vec<JobKey> {

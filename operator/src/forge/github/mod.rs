@@ -180,15 +180,6 @@ impl GitHub {
             _ => Err(ForgeError::Unreachable("GitHub has not given a session yet".to_owned())),
         }
     }
-
-    async fn remove(&self, runner: &RunnerKey) -> Result<Removal, ForgeError> {
-        match self.shared.service.remove_runner(runner.id).await {
-            Ok(()) => Ok(Removal::Done),
-            Err(error) if error.names("JobStillRunning") => Ok(Removal::Busy),
-            Err(error) if error.is(StatusCode::NOT_FOUND) => Ok(Removal::Gone),
-            Err(error) => Err(error.into()),
-        }
-    }
 }
 
 impl Shared {
@@ -262,18 +253,13 @@ impl Forge for GitHub {
         Ok(own.map(|runner| RegisteredRunner { key: RunnerKey { repository: None, id: runner.id }, name: runner.name }).collect())
     }
 
-    /// GitHub cannot pause a runner: it is removed, which GitHub refuses where it has a job.
-    async fn pause(&self, runner: &RunnerKey) -> Result<Removal, ForgeError> {
-        self.remove(runner).await
-    }
-
-    /// GitHub ends the job by itself when its runner has not been heard of for some ten minutes; nobody else can.
-    async fn give_up(&self, _job: &Job, _credential: &Secret) -> Result<Removal, ForgeError> {
-        Ok(Removal::Gone)
-    }
-
     async fn deregister(&self, runner: &RunnerKey) -> Result<Removal, ForgeError> {
-        self.remove(runner).await
+        match self.shared.service.remove_runner(runner.id).await {
+            Ok(()) => Ok(Removal::Done),
+            Err(error) if error.names("JobStillRunning") => Ok(Removal::Busy),
+            Err(error) if error.is(StatusCode::NOT_FOUND) => Ok(Removal::Gone),
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn unnamed(&self) -> u32 {
