@@ -154,14 +154,20 @@ impl Desk {
         self.drawers().await?.get(binding).filter(|drawer| fits(drawer.offer.provider.kind())).ok_or_else(unknown)
     }
 
-    /// The bindings of the job, by their names.
-    async fn offers(&self) -> Vec<&Offer> {
-        let mut offers: Vec<&Offer> = match self.drawers().await {
-            Ok(drawers) => drawers.values().map(|drawer| &drawer.offer).collect(),
-            Err(_) => Vec::new(),
-        };
-        offers.sort_unstable_by(|one, other| one.name.cmp(&other.name));
-        offers
+    /// The job's bindings of this kind, by their names.
+    async fn of_kind(&self, kind: Kind) -> Result<Vec<&Drawer>, Trouble> {
+        let mut found: Vec<&Drawer> = self.drawers().await?.values().filter(|drawer| drawer.offer.provider.kind() == kind).collect();
+        found.sort_unstable_by_key(|drawer| &drawer.offer.name);
+        Ok(found)
+    }
+
+    /// The one binding of this kind that the job may use.
+    async fn only(&self, kind: Kind) -> Result<&Drawer, Trouble> {
+        match self.of_kind(kind).await?[..] {
+            [] => Err(Trouble::Denied(format!("no CredentialBinding that gives {} is for this job", what(kind)))),
+            [drawer] => Ok(drawer),
+            ref many => Err(Trouble::Denied(several(kind, many))),
+        }
     }
 
     fn base(&self) -> String {
@@ -298,13 +304,11 @@ impl Desk {
     pub(crate) async fn introduce(self: &Arc<Self>) -> String {
         let mut lines = vec![format!("mask {}", self.token)];
         lines.extend(self.own().map(|(name, value)| format!("set {name}={value}")));
-        let offers = self.offers().await;
         for kind in [Kind::Aws, Kind::Google, Kind::Azure, Kind::Vault] {
-            let names: Vec<&str> = offers.iter().filter(|offer| offer.provider.kind() == kind).map(|offer| offer.name.as_str()).collect();
-            match names[..] {
+            match self.of_kind(kind).await.unwrap_or_default()[..] {
                 [] => {}
-                [name] => lines.extend(self.introduce_one(name, kind).await),
-                _ => lines.push(format!("say Mayfly: {}", several(kind, &names))),
+                [drawer] => lines.extend(self.introduce_one(drawer).await),
+                ref many => lines.push(format!("say Mayfly: {}", several(kind, many))),
             }
         }
         if self.drawers().await.is_ok_and(HashMap::is_empty) {
@@ -314,41 +318,35 @@ impl Desk {
     }
 
     /// What the hook is told of the one binding of its kind.
-    async fn introduce_one(self: &Arc<Self>, binding: &str, kind: Kind) -> Vec<String> {
-        let tried = self.first(binding, kind).await;
+    async fn introduce_one(self: &Arc<Self>, drawer: &Drawer) -> Vec<String> {
+        let (binding, kind) = (&drawer.offer.name, drawer.offer.provider.kind());
+        let tried = self.first(drawer).await;
         if let Err(Trouble::Denied(why)) = &tried {
-            if let Ok(drawer) = self.drawer(binding, |_| true).await {
-                drawer.denied.store(true, Ordering::Relaxed);
-            }
+            drawer.denied.store(true, Ordering::Relaxed);
             return vec![format!("say Mayfly: CredentialBinding {binding} gives nothing: {why}")];
         }
-        let settings = match self.drawer(binding, |_| true).await {
-            Ok(drawer) => self.settings(&drawer.offer),
-            Err(trouble) => Err(trouble.into_text()),
-        };
-        let (set, mut tell) = match settings {
-            Ok(settings) => (settings, Vec::new()),
-            Err(why) => (Vec::new(), vec![format!("say Mayfly: {why}")]),
-        };
         // Before anything is set that could show it.
         let mut lines: Vec<String> = tried.iter().flatten().map(|secret| format!("mask {secret}")).collect();
-        lines.extend(set.into_iter().map(|(name, value)| format!("set {name}={value}")));
-        tell.push(match tried {
+        match self.settings(&drawer.offer) {
+            Ok(settings) => lines.extend(settings.into_iter().map(|(name, value)| format!("set {name}={value}"))),
+            Err(why) => lines.push(format!("say Mayfly: {why}")),
+        }
+        lines.push(match tried {
             Ok(_) => format!("say Mayfly: {} the credentials of CredentialBinding {binding}", finder(kind)),
             // SDKs ask again, each time that they need one.
             Err(trouble) => format!("say Mayfly: CredentialBinding {binding} gives nothing yet: {}", trouble.into_text()),
         });
-        lines.extend(tell);
         lines
     }
 
     /// Tries whether the binding gives anything, and tells what of that is secret. What is the matter for a moment only, such as a broker
     /// that has not seen its issuer's keys yet, is waited for as long as a hook may be kept.
-    async fn first(self: &Arc<Self>, binding: &str, kind: Kind) -> Result<Vec<String>, Trouble> {
+    async fn first(self: &Arc<Self>, drawer: &Drawer) -> Result<Vec<String>, Trouble> {
+        let (binding, kind) = (&drawer.offer.name, drawer.offer.provider.kind());
         // Google's SDKs exchange the token themselves.
         let wish = match kind {
             Kind::Google => Wish { itself: true, scope: None },
-            _ => self.drawer(binding, |found| found == kind).await?.offer.provider.usual(),
+            _ => drawer.offer.provider.usual(),
         };
         loop {
             match self.get(binding, |found| found == kind, wish.clone()).await {
@@ -375,22 +373,9 @@ impl Desk {
         }))
     }
 
-    /// The one binding of this kind that the job may use.
-    async fn only(&self, kind: Kind) -> Result<&str, Trouble> {
-        let drawers = self.drawers().await?.values();
-        let mut names: Vec<&str> =
-            drawers.map(|drawer| &drawer.offer).filter(|offer| offer.provider.kind() == kind).map(|offer| offer.name.as_str()).collect();
-        names.sort_unstable();
-        match names[..] {
-            [] => Err(Trouble::Denied(format!("no CredentialBinding that gives {} is for this job", what(kind)))),
-            [name] => Ok(name),
-            _ => Err(Trouble::Denied(several(kind, &names))),
-        }
-    }
-
     /// The answer of AWS's endpoint for the one binding for AWS that the job may use.
     pub(crate) async fn only_aws(self: &Arc<Self>) -> Result<Value, Trouble> {
-        self.aws(self.only(Kind::Aws).await?).await
+        self.aws(&self.only(Kind::Aws).await?.offer.name).await
     }
 
     /// Has the job's AWS credential there before it is asked for, as SDKs wait a second or two, unless a hook saw to that; and keeps in
@@ -405,10 +390,11 @@ impl Desk {
 
     /// Keeps the file of a kind as long as what is in it can be renewed.
     async fn keep_file(self: &Arc<Self>, kind: Kind) {
-        let Ok(binding) = self.only(kind).await else { return };
-        if self.drawer(binding, |_| true).await.is_ok_and(|drawer| drawer.denied.load(Ordering::Relaxed)) {
+        let Ok(drawer) = self.only(kind).await else { return };
+        if drawer.denied.load(Ordering::Relaxed) {
             return;
         }
+        let binding = &drawer.offer.name;
         loop {
             let pause = match self.write_file(binding, kind).await {
                 Ok(Some(kept)) => kept.fresh_for(Instant::now()).max(PAUSE_FILE),
@@ -565,7 +551,8 @@ fn finder(kind: Kind) -> &'static str {
 }
 
 /// What to do where more than one binding of a kind is for the job.
-fn several(kind: Kind, names: &[&str]) -> String {
+fn several(kind: Kind, drawers: &[&Drawer]) -> String {
+    let names: Vec<&str> = drawers.iter().map(|drawer| drawer.offer.name.as_str()).collect();
     let choose = match kind {
         Kind::Aws => {
             "set AWS_CONTAINER_CREDENTIALS_FULL_URI to $MAYFLY_CREDENTIALS_URL/v1/aws/NAME, and AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE to \

@@ -122,7 +122,7 @@ impl Event {
             target,
             scope: json!({"namespace": namespace, "pool": pool}),
             payload: json!({}),
-            metadata: json!({"program": concat!("mayfly/", env!("CARGO_PKG_VERSION"))}),
+            metadata: program(),
             success: true,
             request: Request { id: uuid(), ip_address: None },
         }
@@ -131,6 +131,19 @@ impl Event {
     /// With what it was about, and how it went.
     pub(crate) fn about(self, payload: Value, success: bool) -> Self {
         Self { payload, success, ..self }
+    }
+}
+
+/// What a record's `metadata` says of this program.
+pub(crate) fn program() -> Value {
+    json!({"program": concat!("mayfly/", env!("CARGO_PKG_VERSION"))})
+}
+
+/// Which of two actions the generation of a spec is, by the one that was last recorded; `None` where that is the same.
+pub(crate) fn of_spec(before: Option<i64>, generation: i64, created: Action, changed: Action) -> Option<Action> {
+    match before {
+        None => Some(created),
+        Some(before) => (before != generation).then_some(changed),
     }
 }
 

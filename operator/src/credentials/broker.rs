@@ -407,7 +407,7 @@ impl Broker {
                 "credential": credential.map(|credential| json!({"expires": credential.expires, "about": credential.about})),
                 "denial": denial,
             }),
-            metadata: json!({"program": concat!("mayfly/", env!("CARGO_PKG_VERSION"))}),
+            metadata: crate::audit::program(),
             success: denial.is_none(),
             request: request.clone(),
         }

@@ -42,7 +42,7 @@ use super::providers::{ACCESS_TOKEN, Credential, JWT};
 use super::token::MAX_TOKEN;
 use crate::forge::Secret;
 
-const GRANT_TYPE: &str = "urn:ietf:params:oauth:grant-type:token-exchange";
+pub(crate) const GRANT_TYPE: &str = "urn:ietf:params:oauth:grant-type:token-exchange";
 const ID_TOKEN: &str = "urn:ietf:params:oauth:token-type:id_token";
 /// Longest body, in bytes: two tokens and some words.
 pub(crate) const MAX_BODY: usize = 32 << 10;

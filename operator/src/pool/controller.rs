@@ -320,11 +320,8 @@ async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
 fn record_spec(ctx: &Context, guarded: &Guarded, handle: &PoolHandle, stored: Option<i64>) {
     let Some(generation) = guarded.meta().generation else { return };
     let before = handle.state().recorded.replace(generation).or(stored);
-    let action = match before {
-        None => audit::Action::PoolCreated,
-        Some(before) if before != generation => audit::Action::PoolChanged,
-        Some(_) => return,
-    };
+    let news = audit::of_spec(before, generation, audit::Action::PoolCreated, audit::Action::PoolChanged);
+    let Some(action) = news else { return };
     let spec = guarded.0.as_ref().ok().map(|pool| &pool.spec);
     let payload = json!({"generation": generation, "spec": spec});
     ctx.record(ctx.event(action, &handle.key, of_pool(handle)).about(payload, spec.is_some()));

@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::watches::{strip, watch};
-use crate::audit::{Action, Audit, Event};
+use crate::audit::{Action, Audit, Event, of_spec};
 use crate::credentials::{Configured, Guarded, status};
 use crate::kube_io::{KubeIo, stored_time};
 use crate::pool::{Deaf, PoolKey, Pools};
@@ -50,11 +50,7 @@ fn record(
     let generation = binding.meta().generation?;
     let stored = binding.0.as_ref().ok().and_then(|binding| binding.status.as_ref()?.observed_generation);
     let before = recorded.insert(key, generation).or(stored);
-    let action = match before {
-        None => Action::BindingCreated,
-        Some(before) if before != generation => Action::BindingChanged,
-        Some(_) => return None,
-    };
+    let action = of_spec(before, generation, Action::BindingCreated, Action::BindingChanged)?;
     let spec = binding.0.as_ref().ok().map(|binding| &binding.spec);
     Some(event(action, binding.meta().uid.as_ref()).about(json!({"generation": generation, "spec": spec}), spec.is_some()))
 }

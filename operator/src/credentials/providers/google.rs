@@ -9,6 +9,7 @@ use mayfly_crds::Google as Spec;
 use serde::Deserialize;
 use serde_json::json;
 
+use super::super::wire::GRANT_TYPE;
 use super::calls::{Body, Call, Calls, read};
 use super::{ACCESS_TOKEN, Credential, JWT, Order, ProviderError};
 use crate::forge::Secret;
@@ -34,7 +35,7 @@ pub(super) async fn exchange(calls: &Calls, google: &Spec, order: &Order<'_>) ->
     let wanted = order.scopes.join(" ");
     let scope = if google.service_account.is_some() { TO_IMPERSONATE } else { &wanted };
     let form = [
-        ("grant_type", "urn:ietf:params:oauth:grant-type:token-exchange"),
+        ("grant_type", GRANT_TYPE),
         ("audience", &audience),
         ("scope", scope),
         ("requested_token_type", ACCESS_TOKEN),
