@@ -86,6 +86,10 @@ pub(super) fn start(
             let mut recorded = HashMap::new();
             while let Some(Change { namespace, name, gone }) = changes.recv().await {
                 let binding = store.get(&ObjectRef::new(&name).within(&namespace)).filter(|_| !gone);
+                // What is asked about again may be gone meanwhile, of which the watch tells by itself.
+                if binding.is_none() && !gone {
+                    continue;
+                }
                 if let Some(event) = record(&mut recorded, &io, (&namespace, &name), binding.as_deref()) {
                     audit.tell(event).await;
                 }
