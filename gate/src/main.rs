@@ -3,13 +3,14 @@
 //! It proves to the operator that the pod's network is closed, makes a named pipe in the pod's memory volume, waits until the runner's
 //! entry point reads from it, asks the operator for the pod's registration with a token that only it has, and writes the registration
 //! into the pipe: a file that can be read once and is never stored. When the pool has accepted the job that the runner took, it says so in a
-//! file, for which a runner with hooks waits. While the job runs it goes on proving. From its first instruction on
-//! it tries whether a pod's policies are enforced late.
+//! file, for which a runner with hooks waits. While the job runs it goes on proving, and when the runner's program has ended it says so. From
+//! its first instruction on it tries whether a pod's policies are enforced late.
 //!
 //! As `mayfly-gate sentinel` it is what proofs are held against: something that answers wherever no policy stands in the way, and tells
 //! what answers on its node.
 
 mod credentials;
+mod end;
 mod http;
 mod operator;
 mod pipe;
@@ -30,6 +31,7 @@ use std::thread;
 
 use clap::{Args, Parser, Subcommand};
 use credentials::{Arranged, Counter, Desk};
+use end::Running;
 use operator::{Client, Registration};
 use race::Race;
 use rustix::fs::Mode;
@@ -124,7 +126,17 @@ fn main() -> ExitCode {
 /// The gate's whole life. It ends only when the operator wants nothing more of this pod.
 fn guard(settings: &Settings, race: Race) -> Result<Infallible, String> {
     let client = Arc::new(Client::new(&settings.operator_url, &settings.operator_ca, &settings.token_file)?);
+    let folder = settings.registration.parent().ok_or("the registration has no folder")?;
+    let running = Running::open(folder)?;
     pipe::make(&settings.registration, Mode::RUSR | Mode::WUSR | Mode::RGRP)?;
+    {
+        let client = client.clone();
+        thread::spawn(move || {
+            if let Err(why) = running.wait().and_then(|()| client.ended()) {
+                say(&why);
+            }
+        });
+    }
     // The runner's container is being started meanwhile. Opening the pipe waits until it reads: nothing is registered for a runner
     // that never starts.
     let pipe = thread::scope(|scope| {

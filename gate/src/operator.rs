@@ -119,6 +119,14 @@ impl Client {
         }
     }
 
+    /// The runner's program has ended.
+    pub(crate) fn ended(&self) -> Result<(), String> {
+        self.until("/v1/ended", &[], |answer| match answer.status {
+            204 => Ok(()),
+            _ => Err(answer.again()),
+        })
+    }
+
     /// An OIDC token of the pod's job for this audience. Asks once.
     pub(crate) fn id_token(&self, audience: &str) -> Result<String, Trouble> {
         let body = serde_json::json!({"audience": audience}).to_string();

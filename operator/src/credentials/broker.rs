@@ -232,6 +232,7 @@ impl Broker {
                 provider: binding.spec.provider.clone(),
                 credential: credential.clone(),
                 event: self.event(Action::CredentialRevoked, trail, request, Some(credential), None),
+                again: None,
             });
         };
         let credential = self.exchange(&asked, &claims, &binding, &grant, now, owe).await?;
@@ -289,7 +290,7 @@ impl Broker {
             Ok(()) => None,
             Err(error @ ProviderError::Unavailable(_)) => {
                 tracing::warn!(request = id, pod = pod.name, binding, %error, "a credential is not revoked yet");
-                return self.revocations.owe(owed);
+                return self.revocations.owe(owed.later());
             }
             Err(error) => {
                 tracing::error!(request = id, pod = pod.name, binding, %error, "a credential is not revoked, and lives until its end");

@@ -22,8 +22,6 @@ use crate::forge::{JobKey, Repository};
 const DELIVERIES: usize = 64;
 /// How long a delivery may take, its body included.
 const DELIVERY_TIME: Duration = Duration::from_secs(10);
-/// Most jobs remembered to be looked at; the next pass lists them all anyway. A forge that cannot list them keeps them itself.
-const HINTS_KEPT: usize = 1_000;
 
 /// The routes.
 pub(crate) fn router(ctx: Arc<Context>) -> Router {
@@ -83,13 +81,7 @@ fn take(ctx: &Context, handle: Option<&PoolHandle>, hint: &webhook::Hint) {
     let Some(url) = url else { return };
     for handle in pools_for(ctx, &url, &hint.repository) {
         if let Some(id) = hint.job {
-            let key = JobKey { repository: hint.repository.clone(), id: id.into() };
-            let mut state = handle.state();
-            if let Some(just_in_time) = state.link.as_ref().and_then(|link| link.just_in_time.clone()) {
-                just_in_time.hint(key, Some(&hint.labels));
-            } else if state.hinted.len() < HINTS_KEPT {
-                state.hinted.insert(key);
-            }
+            handle.hint(JobKey { repository: hint.repository.clone(), id: id.into() }, Some(&hint.labels));
         }
         ctx.registry.wake(handle.key.clone());
     }

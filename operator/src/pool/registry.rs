@@ -20,6 +20,8 @@ use super::validate::Source;
 use crate::forge::github::{self, GitHub, JustInTime};
 use crate::forge::{Forge, Job, JobKey, Reach, Repository, Run, RunnerKey, Secret};
 
+/// Most jobs remembered to be looked at; the next pass lists them all anyway. A forge that cannot list them keeps them itself.
+const HINTS_KEPT: usize = 1_000;
 /// A watch is not begun anew more often than this.
 const DEAF_AGAIN: SignedDuration = SignedDuration::from_secs(10);
 
@@ -280,6 +282,27 @@ impl PoolHandle {
         Ok(spawned.registering.clone())
     }
 
+    /// Has the next pass look at this job, with these labels where they are known.
+    pub(crate) fn hint(&self, job: JobKey, labels: Option<&[String]>) {
+        let mut state = self.state();
+        if let Some(just_in_time) = state.link.as_ref().and_then(|link| link.just_in_time.clone()) {
+            just_in_time.hint(job, labels);
+        } else if state.hinted.len() < HINTS_KEPT {
+            state.hinted.insert(job);
+        }
+    }
+
+    /// Has the next pass look at the job that this pod's runner has, or was registered for as long as that is not known.
+    pub(crate) fn hint_of(&self, pod: &str) {
+        let job = self.state().registered.get(pod).and_then(|runner| {
+            let has = runner.job.as_ref().map(|(job, _)| job);
+            has.or(runner.meant_for.as_ref().and_then(|owed| owed.key.as_ref())).cloned()
+        });
+        if let Some(job) = job {
+            self.hint(job, None);
+        }
+    }
+
     /// The job that this pod's runner has, when the pool has accepted it; waits up to `patience` for that.
     pub(crate) async fn accepted_job(&self, pod: &str, patience: Duration) -> Result<JobKey, NoJob> {
         let deadline = tokio::time::Instant::now() + patience;
@@ -461,6 +484,24 @@ mod tests {
         handle.state().spawned.insert("pod".to_owned(), spawned);
         crate::pool::proof::tests::prove(&mut handle.state(), "pod", created);
         handle
+    }
+
+    #[test]
+    fn the_job_of_a_runner_that_ended_is_looked_at() {
+        let handle = handle_with_pod();
+        let hinted = || std::mem::take(&mut handle.state().hinted).into_iter().map(|job| job.id.to_string()).collect::<Vec<_>>();
+        let job = |id: u64| JobKey { repository: Repository::parse("acme/web").expect("a repository"), id: id.into() };
+        handle.hint_of("pod");
+        assert!(hinted().is_empty(), "it is not registered");
+        let owed = OwedJob { key: Some(job(7)), reach: Reach::default() };
+        handle.state().spawned.get_mut("pod").expect("a pod").registering = Some(owed);
+        handle.registered("pod", RunnerKey { repository: None, id: 1 }, Secret::new("x"), Timestamp::UNIX_EPOCH);
+        handle.hint_of("pod");
+        assert_eq!(hinted(), ["7"], "which it took is not known yet");
+        handle.state().registered.get_mut("pod").expect("a runner").job = Some((job(8), Timestamp::UNIX_EPOCH));
+        handle.hint_of("pod");
+        handle.hint_of("another");
+        assert_eq!(hinted(), ["8"]);
     }
 
     #[test]

@@ -11,6 +11,7 @@
 //!   yet, ask again.
 //! - `/v1/id-token`, body `{"audience": "..."}`: 200 with an OIDC token of the pod's job, for pools whose jobs get theirs from Mayfly; 400 no
 //!   audience; 403 this job gets none. That a pool is one of those is said with the registration, in the header [`ID_TOKENS`].
+//! - `/v1/ended`, no body: the runner's program has ended; 204 heard.
 //! - `/v1/job`, no body: 200 with the job that the pod's runner has, in words, when the pool has accepted it; 204 not yet, ask again.
 
 use std::collections::BTreeMap;
@@ -70,6 +71,7 @@ pub(crate) fn router(ctx: Arc<Context>) -> Router {
         .route("/v1/registration", post(registration).layer(DefaultBodyLimit::max(0)))
         .route("/v1/id-token", post(id_token).layer(DefaultBodyLimit::max(MAX_QUESTION)))
         .route("/v1/job", post(job).layer(DefaultBodyLimit::max(0)))
+        .route("/v1/ended", post(ended).layer(DefaultBodyLimit::max(0)))
         .route("/v1/challenge", post(challenge).layer(DefaultBodyLimit::max(0)))
         .route("/v1/proof", post(proof).layer(DefaultBodyLimit::max(MAX_REPORT)))
         .layer(GlobalConcurrencyLimitLayer::new(GATES))
@@ -173,6 +175,14 @@ async fn caller(api: &GateApi, headers: &HeaderMap) -> Result<(PodIdentity, Arc<
 async fn job(State(api): State<Arc<GateApi>>, headers: HeaderMap) -> Result<String, Refusal> {
     let (pod, _, handle) = caller(&api, &headers).await?;
     handle.accepted_job(&pod.name, PATIENCE).await.map(|job| job.to_string()).map_err(Refusal::from)
+}
+
+/// A reason to look at the pod's job now. Whether it is over, the forge says.
+async fn ended(State(api): State<Arc<GateApi>>, headers: HeaderMap) -> Result<StatusCode, Refusal> {
+    let (pod, _, handle) = caller(&api, &headers).await?;
+    handle.hint_of(&pod.name);
+    api.ctx.registry.wake(handle.key.clone());
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// A token that says which job this is. Nobody but the gate of the pod that has the job gets one.

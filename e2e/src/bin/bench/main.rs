@@ -33,8 +33,10 @@ const SINGLE: usize = 8;
 const BURST: usize = 20;
 /// Numbers of pools at which memory is measured.
 const POOLS: [usize; 3] = [1, 50, 500];
-/// The job says when its first step began and when its last step ended, by the clock that this program reads as well.
-const WORKFLOW: &str = r#"{"on": "workflow_dispatch", "jobs": {"job": {"runs-on": "linux", "steps": [{"run": "echo first=$(date +%s.%N)"}, {"run": "echo last=$(date +%s.%N)"}]}}}"#;
+/// Seconds between the first step and the last, by workflow. The kubelet has the mark on a job's pod in hand for up to a second or two, and
+/// only then takes up its deletion: a job that is over before is measured apart.
+const EMPTY: (&str, u32) = ("empty.yml", 0);
+const STEADY: (&str, u32) = ("steady.yml", 4);
 
 /// Measures Mayfly on the cluster that is up.
 #[derive(Parser)]
@@ -87,7 +89,9 @@ async fn gitea(quick: bool, figures: &mut Figures) -> Result<()> {
     stage.hook()?;
     let (owner, app) = (stage.organization.name.clone(), "app");
     stage.forge.create_repo(&owner, app, false)?;
-    stage.forge.put_file(&owner, app, "main", ".gitea/workflows/bench.yml", WORKFLOW.as_bytes(), "Add workflow")?;
+    for (name, seconds) in [EMPTY, STEADY] {
+        stage.forge.put_file(&owner, app, "main", &format!(".gitea/workflows/{name}"), timed(seconds).as_bytes(), "Add workflow")?;
+    }
 
     let times = Times::watch(stage.pod_api());
     let before = proofs(&stage)?;
@@ -95,10 +99,12 @@ async fn gitea(quick: bool, figures: &mut Figures) -> Result<()> {
     stage.nothing_left(&served).await?;
     let bare = pods(&stage, &times, "bare", &bare(&shape), figures).await?;
     let shaped = pods(&stage, &times, "shaped", &shape, figures).await?;
-    let job = one_by_one(&stage, &served, &times, figures).await?;
-    figures.add("queue_to_first_step_over_bare_pod", job.start / bare.start, "ratio");
-    figures.add("queue_to_first_step_over_shaped_pod", job.start / shaped.start, "ratio");
-    figures.add("job_end_to_pod_gone_over_shaped_pod", job.end / shaped.end, "ratio");
+    let start = one_by_one(&stage, &served, &times, figures).await?;
+    let end = ends(&stage, &served, &times, "job", STEADY, figures).await?;
+    ends(&stage, &served, &times, "empty_job", EMPTY, figures).await?;
+    figures.add("queue_to_first_step_over_bare_pod", start / bare.start, "ratio");
+    figures.add("queue_to_first_step_over_shaped_pod", start / shaped.start, "ratio");
+    figures.add("job_end_to_pod_gone_over_shaped_pod", end / shaped.end, "ratio");
     let (seconds, count) = proofs(&stage)?;
     figures.add("proof_rounds_mean", (seconds - before.0) / (count - before.1), "s");
     warm(&stage, figures).await?;
@@ -121,7 +127,7 @@ struct Spans {
 
 /// The shape of a runner pod, with a program that tells the time and waits for its end.
 async fn shape(stage: &Stage) -> Result<PodSpec> {
-    let id = dispatch(stage)?;
+    let id = dispatch(stage, EMPTY)?;
     let pod = stage.a_pod("to take the shape of", |pod| pod.spec.is_some()).await?;
     let mut shape = pod.spec.context("a pod has a spec")?;
     shape.node_name = None;
@@ -168,35 +174,44 @@ async fn pods(stage: &Stage, times: &Times, kind: &str, spec: &PodSpec, figures:
     })
 }
 
-/// Jobs one after another: how long each part of a job's life takes when nothing else happens.
-async fn one_by_one(stage: &Stage, served: &RunnerPool, times: &Times, figures: &mut Figures) -> Result<Spans> {
+/// Jobs one after another: how long each takes to begin when nothing else happens.
+async fn one_by_one(stage: &Stage, served: &RunnerPool, times: &Times, figures: &mut Figures) -> Result<f64> {
     let (mut create, mut first) = (Vec::new(), Vec::new());
-    let (mut leaving, mut pod_gone, mut registration_gone) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..SINGLE {
         times.0.lock().await.clear();
         let began = now();
-        let id = dispatch(stage)?;
+        let id = dispatch(stage, EMPTY)?;
+        let job = stage.job_is("app", id, "completed").await?;
+        stage.nothing_left(served).await?;
+        let log = stage.forge.job_log(&stage.organization.name, "app", job.id)?;
+        create.push(times.over(None).await?.seen - began);
+        first.push(stamp(&log, "first=")? - began);
+    }
+    figures.spread("queue_to_pod_create", create);
+    Ok(figures.spread("queue_to_first_step", first))
+}
+
+/// Jobs one after another: how long each takes to go.
+async fn ends(stage: &Stage, served: &RunnerPool, times: &Times, kind: &str, length: (&str, u32), figures: &mut Figures) -> Result<f64> {
+    let (mut leaving, mut pod_gone, mut registration_gone) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..SINGLE {
+        times.0.lock().await.clear();
+        let id = dispatch(stage, length)?;
         let job = stage.job_is("app", id, "completed").await?;
         let free = eventually("the registration gone", Duration::from_secs(60), || async {
             Ok(stage.registrations(served)?.is_empty().then(now))
         })
         .await?;
         stage.nothing_left(served).await?;
-        let log = stage.forge.job_log(&stage.organization.name, "app", job.id)?;
         let life = times.over(None).await?;
-        let ended = stamp(&log, "last=")?;
-        create.push(life.seen - began);
-        first.push(stamp(&log, "first=")? - began);
+        let ended = stamp(&stage.forge.job_log(&stage.organization.name, "app", job.id)?, "last=")?;
         leaving.push(life.leaving.context("a pod is deleted before it is gone")? - ended);
         pod_gone.push(life.gone.unwrap_or_default() - ended);
         registration_gone.push(free - ended);
     }
-    figures.spread("queue_to_pod_create", create);
-    let start = figures.spread("queue_to_first_step", first);
-    figures.spread("job_end_to_registration_gone", registration_gone);
-    figures.spread("job_end_to_pod_deletion", leaving);
-    let end = figures.spread("job_end_to_pod_gone", pod_gone);
-    Ok(Spans { start, end })
+    figures.spread(&format!("{kind}_end_to_registration_gone"), registration_gone);
+    figures.spread(&format!("{kind}_end_to_pod_deletion"), leaving);
+    Ok(figures.spread(&format!("{kind}_end_to_pod_gone"), pod_gone))
 }
 
 /// Jobs that find a pod waiting, which proved its isolation before.
@@ -214,7 +229,7 @@ async fn warm(stage: &Stage, figures: &mut Figures) -> Result<()> {
         // Until its gate has proved and asks.
         tokio::time::sleep(Duration::from_secs(2)).await;
         let began = now();
-        let id = dispatch(stage)?;
+        let id = dispatch(stage, EMPTY)?;
         let job = stage.job_is("app", id, "completed").await?;
         first.push(stamp(&stage.forge.job_log(&stage.organization.name, "app", job.id)?, "first=")? - began);
     }
@@ -236,8 +251,15 @@ async fn breach(stage: &Stage, served: &RunnerPool, figures: &mut Figures) -> Re
     stage.close_again().await
 }
 
-fn dispatch(stage: &Stage) -> Result<i64> {
-    let run = stage.forge.dispatch(&stage.organization.name, "app", "bench.yml", "main", &json!({}))?;
+/// A job that says when its first step began and when its last step ended, by the clock that this program reads as well.
+fn timed(seconds: u32) -> String {
+    let steps = ["echo first=$(date +%s.%N)".to_owned(), format!("sleep {seconds}; echo last=$(date +%s.%N)")];
+    let steps: Vec<Value> = steps.iter().map(|step| json!({"run": step})).collect();
+    json!({"on": "workflow_dispatch", "jobs": {"job": {"runs-on": "linux", "steps": steps}}}).to_string()
+}
+
+fn dispatch(stage: &Stage, (workflow, _): (&str, u32)) -> Result<i64> {
+    let run = stage.forge.dispatch(&stage.organization.name, "app", workflow, "main", &json!({}))?;
     let jobs = stage.forge.run_jobs(&stage.organization.name, "app", run)?;
     Ok(jobs.first().context("a run has a job")?.id)
 }
@@ -251,7 +273,7 @@ fn stamp(log: &str, mark: &str) -> Result<f64> {
 async fn burst(stage: &Stage, served: &RunnerPool, figures: &mut Figures) -> Result<()> {
     let audited = Audited::from_now(&stage.world.cluster)?;
     let began = now();
-    let jobs: Vec<i64> = (0..BURST).map(|_| dispatch(stage)).collect::<Result<_>>()?;
+    let jobs: Vec<i64> = (0..BURST).map(|_| dispatch(stage, EMPTY)).collect::<Result<_>>()?;
     for job in &jobs {
         stage.succeeds("app", *job).await?;
     }

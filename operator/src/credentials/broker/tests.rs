@@ -451,6 +451,9 @@ async fn what_can_be_revoked_is_revoked_when_its_pod_ends() {
     assert_eq!((stage.sts.calls(), stage.broker.unrevoked()), (4, 1), "tried three times, and due again");
     stage.sts.then(vec![(204, String::new())]);
     stage.broker.revoke_what_is_due().await;
+    assert_eq!((stage.sts.calls(), stage.broker.unrevoked()), (4, 1), "not at once");
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    stage.broker.revoke_what_is_due().await;
     stage.broker.revoke_what_is_due().await;
     assert_eq!((stage.sts.calls(), stage.broker.unrevoked()), (5, 0), "once");
     assert_eq!(stage.sts.call(4).headers["x-vault-token"], "token-of-vault");

@@ -307,6 +307,13 @@ async fn broken_answers_are_survived_and_told() {
         stage.push().await;
         jobs += 1;
         waiting(&client, jobs).await;
+        // The pause grows with each failure until a poll succeeds, also where the numbers came with a new session.
+        let before = stage.simulator.requests(0).await.expect("requests").last().map_or(0, |seen| seen.number);
+        eventually("a poll without a fault, which brings nothing", || async {
+            let since = stage.simulator.requests(before).await.expect("requests");
+            since.iter().any(|seen| seen.path.starts_with("/_services/messages/") && seen.status == 202).then_some(())
+        })
+        .await;
     }
     stage.fault("/**", Fault { status: Some(503), method: Some("GET".to_owned()), ..Fault::default() }).await;
     let error = eventually("it is told that GitHub is away", || async { client.forge.jobs(JobState::Queued).await.err() }).await;
