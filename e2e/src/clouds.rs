@@ -1,12 +1,14 @@
 //! What else trusts a job's token, in the outside world: Vault's own JWT auth method in a stand-in for the rest of Vault, and stand-ins for
 //! Google Cloud and Microsoft Entra (`e2e/tools/clouds`). They trust the simulated GitHub.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use mayfly_cluster::builder::part_folder;
 use mayfly_cluster::command::{output, random_hex, run, write_file};
-use mayfly_cluster::{World as Place, pki};
+use mayfly_cluster::layout::Layout;
+use mayfly_cluster::{Cluster, ForgeAccess, World as Place, pki};
 use serde_json::{Value, json};
 use tokio::sync::Mutex;
 
@@ -17,6 +19,12 @@ use crate::{World, github};
 /// What they are called among the programs of the outside world, and their part's name.
 const NAME: &str = "clouds";
 const PORT: u16 = 9443;
+/// File with the token of Vault that signs for the App.
+const SIGNER: &str = "signer-token";
+
+/// The App that the broker can sign for by Vault's transit engine, and its key there.
+pub const APP: &str = "Iv23liMayflyE2e";
+const APP_KEY: &str = "mayfly-app";
 
 /// All of them, at one address.
 #[derive(Clone, Debug)]
@@ -43,13 +51,12 @@ pub async fn start(world: &World) -> Result<Clouds> {
     // The issuer's keys are read at the start.
     github::start(world).await?;
     let layout = world.cluster.layout();
-    let (host, local) = (host_beside_forge(&world.access, NAME)?, host_of(&world.access.local_url)?);
-    let (authority, root_file) = (layout.at(NAME).join("authority.pem"), layout.at(NAME).join("root-token"));
-    if !root_file.exists() {
-        write_file(&root_file, &random_hex(16)?)?;
-    }
+    let (endpoint, local) = (endpoint(&world.access)?, host_of(&world.access.local_url)?);
+    let authority = layout.at(NAME).join("authority.pem");
+    let (root_file, root) = token(layout, "root-token")?;
+    let (signer_file, _) = token(layout, SIGNER)?;
     write_file(&authority, &pki::authority(layout)?)?;
-    let (certificate, key) = pki::server(layout, NAME, &[&host, local])?;
+    let (certificate, key) = pki::server(layout, NAME, &[host_of(&endpoint)?, local])?;
     let issuer = github::issuer(&world.access)?;
     let words = [
         part_folder(layout, NAME)?.join(NAME).display().to_string(),
@@ -59,17 +66,44 @@ pub async fn start(world: &World) -> Result<Clouds> {
         format!("-issuer={issuer}"),
         format!("-authority={}", authority.display()),
         format!("-root-token-file={}", root_file.display()),
+        format!("-signer-token-file={}", signer_file.display()),
     ];
     let argv: Vec<&str> = words.iter().map(String::as_str).collect();
     world.cluster.start(Place::Outside, NAME, &argv)?;
-    let root = std::fs::read_to_string(root_file)?;
-    let endpoint = format!("https://{host}:{PORT}");
     let clouds = Clouds { endpoint, issuer, authority: pki::authority(layout)?, root, local: format!("https://{local}:{PORT}") };
     eventually("the clouds answer", Duration::from_secs(30), || async {
         run(&mut clouds.curl(world, "GET", "/health", "", None)).map(Some)
     })
     .await?;
     Ok(clouds)
+}
+
+fn endpoint(access: &ForgeAccess) -> Result<String> {
+    Ok(format!("https://{}:{PORT}", host_beside_forge(access, NAME)?))
+}
+
+/// A token that Vault was started with, or will be, and its file.
+fn token(layout: &Layout, name: &str) -> Result<(PathBuf, String)> {
+    let file = layout.at(NAME).join(name);
+    if !file.exists() {
+        write_file(&file, &random_hex(16)?)?;
+    }
+    let token = std::fs::read_to_string(&file)?;
+    Ok((file, token))
+}
+
+/// What the broker is told of the App: values of the chart; and the token that signs for it, whether Vault runs or not.
+pub(crate) fn app_values(cluster: &Cluster, secret: &str) -> Result<(Vec<String>, String)> {
+    let access = cluster.forge()?;
+    let values = [
+        ("clientId", APP.to_owned()),
+        ("apiUrl", github::api_url(&access)?),
+        ("vaultTransit.address", endpoint(&access)?),
+        ("vaultTransit.key", APP_KEY.to_owned()),
+        ("vaultTransit.tokenSecret", secret.to_owned()),
+    ];
+    let values = values.map(|(name, value)| format!("broker.githubApps[0].{name}={value}"));
+    Ok((values.to_vec(), token(cluster.layout(), SIGNER)?.1))
 }
 
 impl Clouds {
@@ -122,6 +156,14 @@ impl Clouds {
     pub async fn federate(&self, world: &World, client_id: &str, subject: &str, audience: &str) -> Result<()> {
         let credential = json!({"clientId": client_id, "subject": subject, "audience": audience});
         self.tell(world, "/control/federated-credentials", &credential).await
+    }
+
+    /// Gives Vault's transit engine the key of [`APP`].
+    ///
+    /// # Errors
+    /// With Vault's answer.
+    pub async fn app_key(&self, world: &World, pem: &str) -> Result<()> {
+        self.tell(world, &format!("/control/transit-keys/{APP_KEY}"), &json!({"pem": pem})).await
     }
 
     /// What a pool says to let its jobs reach them: `spec.isolation.egress`.

@@ -65,6 +65,22 @@ pub fn issuer(access: &ForgeAccess) -> Result<String> {
     Ok(format!("https://{}:{TLS_PORT}/_services/token", host_beside_forge(access, "github")?))
 }
 
+/// Its REST API, by a certificate of the same authority.
+///
+/// # Errors
+/// When the forge's address is none.
+pub fn api_url(access: &ForgeAccess) -> Result<String> {
+    Ok(format!("https://{}:{TLS_PORT}/api/v3", host_beside_forge(access, "github")?))
+}
+
+/// The simulator, from where tests run.
+///
+/// # Errors
+/// When the forge's address is none.
+pub fn local_url(world: &World) -> Result<String> {
+    Ok(format!("http://{}:{PORT}", host_of(&world.access.local_url)?))
+}
+
 /// Has the simulator run. Everything of an earlier one is kept.
 ///
 /// # Errors
@@ -85,7 +101,7 @@ pub async fn start(world: &World) -> Result<Simulator> {
     let (program, words) = (program.display().to_string(), arguments.iter().flat_map(|(name, value)| [*name, value.as_str()]));
     let argv: Vec<&str> = std::iter::once(program.as_str()).chain(words).collect();
     world.cluster.start(Place::Outside, NAME, &argv)?;
-    let simulator = Simulator::new(&format!("http://{local}:{PORT}"), b"");
+    let simulator = Simulator::new(&local_url(world)?, b"");
     eventually("the GitHub simulator answers", Duration::from_secs(10), || async {
         Ok(simulator.call("GET", "settings", Vec::new()).await.is_ok().then_some(()))
     })

@@ -12,13 +12,16 @@ use mayfly_cluster::{Cluster, Progress, pki};
 use serde_json::json;
 
 use crate::world::{SYSTEM, built, repository};
-use crate::{github, ingress};
+use crate::{clouds, github, ingress};
 
 /// Registry part of the names of images that exist on the test node only.
 const REGISTRY: &str = "mayfly.test";
 
 /// ConfigMap with the authority of the outside world's certificates.
 const AUTHORITY: &str = "mayfly-e2e-authority";
+
+/// Secret with which the broker signs for an App, by Vault's transit engine.
+const SIGNER: &str = "mayfly-e2e-signer";
 
 /// The cluster tool's names for the runners' images.
 const RUNNER_IMAGES: [&str; 2] = ["image-gitea-runner", "image-gitea-runner-with-boto3"];
@@ -50,7 +53,8 @@ pub fn install(cluster: &Cluster, progress: &Progress) -> Result<()> {
     let [operator, gate, stand_in] = tags.as_slice() else { bail!("three images were expected") };
     let charts = repository().join("charts");
     helm(cluster, &["mayfly-crds".into(), charts.join("mayfly-crds").display().to_string()], &[])?;
-    let values = [
+    let (app, signer) = clouds::app_values(cluster, SIGNER)?;
+    let mut values = vec![
         format!("image.repository={REGISTRY}/operator"),
         format!("image.tag={operator}"),
         "image.pullPolicy=Never".to_owned(),
@@ -68,11 +72,12 @@ pub fn install(cluster: &Cluster, progress: &Progress) -> Result<()> {
         "jobIdentity.certificateAuthorityFile=/etc/mayfly/ca/ca.crt".to_owned(),
         format!("broker.caConfigMap={AUTHORITY}"),
     ];
-    let authority = json!({
-        "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": AUTHORITY, "namespace": SYSTEM},
-        "data": {"ca.crt": pki::authority(layout)?},
-    });
-    feed(cluster.kubectl().args(["apply", "-f", "-"]), &authority.to_string())?;
+    values.extend(app);
+    let needed = json!({"apiVersion": "v1", "kind": "List", "items": [
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": AUTHORITY, "namespace": SYSTEM}, "data": {"ca.crt": pki::authority(layout)?}},
+        {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": SIGNER, "namespace": SYSTEM}, "stringData": {"token": signer}},
+    ]});
+    feed(cluster.kubectl().args(["apply", "-f", "-"]), &needed.to_string())?;
     helm(cluster, &["mayfly".into(), charts.join("mayfly").display().to_string()], &values)?;
     run(cluster.kubectl().args(["-n", SYSTEM, "rollout", "status", "deployment/mayfly-controller", "--timeout=90s"]))
         .with_context(|| format!("the operator did not get ready:\n{}", operator_log(cluster)))?;

@@ -1,12 +1,14 @@
 //! Jobs of the simulated GitHub use Vault, Google Cloud and Azure with those clouds' own libraries, and no change to what they do.
-//! Vault's JWT auth method is Vault's own; Google's STS and Entra are simulated.
+//! Vault's JWT auth method is Vault's own; Google's STS, Entra and GitHub are simulated. The App's key is in a stand-in for Vault's transit
+//! engine: the broker never has it.
 
 use anyhow::{Context, Result, ensure};
 use mayfly_e2e::binding::bind;
 use mayfly_e2e::clouds::{self, Clouds};
-use mayfly_e2e::github::Stage;
+use mayfly_e2e::github::{self, Stage};
 use mayfly_e2e::stage::{PATIENCE, POOL, turn};
 use mayfly_e2e::wait::eventually;
+use mayfly_github_simulator::control::NewRepository;
 use serde_json::{Value, json};
 
 /// The audience of tokens for Vault, and for Entra.
@@ -50,6 +52,23 @@ fn said(log: &str, text: &str) -> bool {
     log.lines().any(|line| line.split_once(' ').is_some_and(|(_, said)| said == text))
 }
 
+/// The log of a job that has published what it has, and goes on.
+async fn published(stage: &Stage, run: i64) -> Result<String> {
+    eventually("the job has published its token", PATIENCE, || async {
+        let jobs = stage.organization.simulator.jobs(run).await?;
+        let job = stage.organization.simulator.job(jobs.first().context("a job")?.id).await?;
+        ensure!(job.conclusion.is_none(), "{:?}; its log:\n{}", job.conclusion, job.log);
+        Ok(said(&job.log, "published").then_some(job.log))
+    })
+    .await
+}
+
+/// The token in that log, where it is backwards: it would be masked.
+fn loot(log: &str) -> Result<String> {
+    let loot = log.lines().find_map(|line| line.split_once(' ')?.1.strip_prefix("loot: ")).context("the loot")?;
+    Ok(loot.trim().chars().rev().collect())
+}
+
 /// hvac finds its token by itself. What it has is published, and is worth nothing once the job is over.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_token_of_vault_is_found_by_its_client_and_ends_with_the_job() -> Result<()> {
@@ -79,19 +98,12 @@ for i in $(seq 100); do [ -e ~/over ] && break; sleep 1; done
         namespace = stage.namespace
     );
     let run = stage.push_job("ci.yml", job(&clouds, &script)).await?;
-    let log = eventually("the job has used Vault", PATIENCE, || async {
-        let jobs = stage.organization.simulator.jobs(run).await?;
-        let job = stage.organization.simulator.job(jobs.first().context("a job")?.id).await?;
-        ensure!(job.conclusion.is_none(), "{:?}; its log:\n{}", job.conclusion, job.log);
-        Ok(said(&job.log, "published").then_some(job.log))
-    })
-    .await?;
+    let log = published(&stage, run).await?;
     let read = format!("read: the secret of {}", stage.namespace);
     for line in ["authenticated: True", read.as_str(), "another secret: forbidden", "no token in the environment", "file: -r--r-----"] {
         ensure!(said(&log, line), "{line:?} is not in the log:\n{log}");
     }
-    let loot = log.lines().find_map(|line| line.split_once(' ')?.1.strip_prefix("loot: ")).context("the loot")?;
-    let token: String = loot.trim().chars().rev().collect();
+    let token = loot(&log)?;
     ensure!(token.starts_with("hvs.") && !log.contains(&token), "{log}");
     ensure!(clouds.vault_knows(&stage.world, &token).await?, "the job runs");
     stage.organization.simulator.cancel(run).await?;
@@ -157,6 +169,55 @@ END
     ] {
         ensure!(said(&log, &line), "{line:?} is not in the log:\n{log}");
     }
+    stage.strike().await
+}
+
+/// A job has a token of an App's installation for the repositories and permissions of its binding, of which nobody told it the key. It is
+/// published, and worth nothing once the job is over.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_token_of_a_github_app_reaches_the_bindings_repositories_and_ends_with_the_job() -> Result<()> {
+    let _turn = turn().await;
+    let (stage, clouds) = set("app").await?;
+    let (simulator, owner) = (&stage.organization.simulator, &stage.organization.name);
+    for name in ["site", "secrets"] {
+        let repository = NewRepository { owner: owner.clone(), name: name.to_owned(), ..NewRepository::default() };
+        simulator.repository(&repository).await?;
+    }
+    let (app, installation) = simulator.app_of(clouds::APP, owner).await?;
+    clouds.app_key(&stage.world, &app.private_key).await?;
+    let provider = json!({"githubApp": {
+        "clientId": app.client_id, "installationId": installation, "repositories": ["site"], "permissions": {"contents": "read"},
+    }});
+    give(&stage, &clouds, ("app", "github.mayfly.example"), 3600, provider).await?;
+    let script = format!(
+        r#"python3 - <<'END'
+import os, requests
+base, shown = os.environ['MAYFLY_CREDENTIALS_URL'], open(os.environ['MAYFLY_CREDENTIALS_TOKEN_FILE']).read()
+token = requests.get(f'{{base}}/v1/token/app', headers={{'Authorization': shown}}).json()['value']
+api, asks = '{api}', {{'Authorization': 'Bearer ' + token, 'Accept': 'application/vnd.github+json'}}
+print('reaches:', *[found['full_name'] for found in requests.get(f'{{api}}/installation/repositories', headers=asks).json()['repositories']])
+print('another repository:', requests.get(f'{{api}}/repos/{owner}/secrets', headers=asks).status_code)
+print('loot:', token[::-1], flush=True)
+END
+echo published
+for i in $(seq 100); do [ -e ~/over ] && break; sleep 1; done
+"#,
+        api = format_args!("{}/api/v3", stage.organization.url)
+    );
+    let run = stage.push_job("ci.yml", job(&clouds, &script)).await?;
+    let log = published(&stage, run).await?;
+    for line in [format!("reaches: {owner}/site"), "another repository: 404".to_owned()] {
+        ensure!(said(&log, &line), "{line:?} is not in the log:\n{log}");
+    }
+    let token = loot(&log)?;
+    ensure!(token.starts_with("ghs_") && !log.contains(&token), "{log}");
+    let knows = || -> Result<bool> {
+        let url = format!("{}/api/v3/installation/repositories", github::local_url(&stage.world)?);
+        Ok(ureq::get(&url).header("Authorization", format!("Bearer {token}")).call().is_ok())
+    };
+    ensure!(knows()?, "the job runs");
+    simulator.cancel(run).await?;
+    eventually("the token is revoked", PATIENCE, || async { Ok((!knows()?).then_some(())) }).await?;
     stage.strike().await
 }
 

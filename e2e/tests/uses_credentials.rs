@@ -69,6 +69,8 @@ print('by the profile:', s3.get_object(Bucket='{bucket}', Key=os.environ['GITHUB
 print('the profile found by:', process.get_credentials().method)
 print('the secret is', found.get_frozen_credentials().secret_key)
 END
+export AWS_CA_BUNDLE=$HOME/authority.pem
+echo "aws: $(aws --endpoint-url {endpoint} s3 cp "s3://{bucket}/${{GITHUB_REPOSITORY%%/*}}" -)"
 "#,
     )
 }
@@ -86,6 +88,7 @@ async fn a_job_without_a_secret_writes_an_object_with_a_credential_of_its_own() 
         "by the profile: written by a job",
         "the profile found by: custom-process",
         "the secret is ***",
+        "aws: written by a job",
     ];
     for line in lines {
         ensure!(log.contains(line), "{line:?} is not in the log:\n{log}");

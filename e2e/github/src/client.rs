@@ -95,7 +95,19 @@ impl Simulator {
     /// # Errors
     /// As of [`Simulator::call`].
     pub async fn app(&self, account: &str) -> Result<(NewApp, i64)> {
-        let app: NewApp = serde_json::from_value(self.post("apps", &json!({})).await?)?;
+        self.install(account, &json!({})).await
+    }
+
+    /// Makes an App with this client id, in the place of an earlier one, and installs it in an account.
+    ///
+    /// # Errors
+    /// As of [`Simulator::call`].
+    pub async fn app_of(&self, client_id: &str, account: &str) -> Result<(NewApp, i64)> {
+        self.install(account, &json!({"client_id": client_id})).await
+    }
+
+    async fn install(&self, account: &str, app: &Value) -> Result<(NewApp, i64)> {
+        let app: NewApp = serde_json::from_value(self.post("apps", app).await?)?;
         let installation = self.post("installations", &json!({"app_id": app.app_id, "account": account})).await?;
         Ok((app, installation["id"].as_i64().context("an installation has a number")?))
     }

@@ -393,9 +393,12 @@ fn accounts(world: &mut World, ask: &Ask, path: &[&str]) -> Answer {
             Ok(json!({"runs": runs}))
         }
         ("POST", ["apps"]) => {
+            let wanted: Map<String, Value> = body(ask)?;
             let id = world.number();
             let key = RsaKey::generate().map_err(refuse)?;
-            let client_id = format!("Iv23li{}", hex(&random::<7>()));
+            let named = wanted.get("client_id").and_then(Value::as_str).map(str::to_owned);
+            let client_id = named.unwrap_or_else(|| format!("Iv23li{}", hex(&random::<7>())));
+            world.apps.retain(|_, app| app.client_id != client_id);
             world.apps.insert(id, App { id, client_id: client_id.clone(), keys: vec![key.numbers().clone()] });
             Ok(json!(NewApp { app_id: id, client_id, private_key: key.numbers().to_pem() }))
         }

@@ -1,7 +1,7 @@
 // Program clouds stands in for what trusts a job's token, where the real thing cannot run here:
 //
 //   - HashiCorp Vault: logins are decided by Vault's own JWT auth method (github.com/hashicorp/vault-plugin-auth-jwt), as Vault runs it.
-//     What is around it, tokens and one secret, follows the API's documentation.
+//     What is around it, tokens, one secret and the transit engine's signatures, follows the API's documentation.
 //   - Google Cloud: Security Token Service (v1.token) and IAM Service Account Credentials (generateAccessToken).
 //   - Microsoft Entra: the token endpoint, for client assertions of federated identity credentials.
 //
@@ -11,9 +11,15 @@ package main
 
 import (
 	"context"
+	"crypto"
 	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
+	"encoding/pem"
 	"flag"
 	"fmt"
 	"log"
@@ -48,6 +54,7 @@ type federated struct {
 type clouds struct {
 	issuer    string
 	root      string
+	signer    string
 	validator *jwt.Validator
 	vault     logical.Backend
 	storage   logical.Storage
@@ -55,6 +62,7 @@ type clouds struct {
 	lock      sync.Mutex
 	tokens    map[string]token
 	federated []federated
+	keys      map[string]*rsa.PrivateKey
 }
 
 func main() {
@@ -64,15 +72,16 @@ func main() {
 	issuer := flag.String("issuer", "", "issuer that is trusted")
 	authority := flag.String("authority", "", "authority of the issuer's certificate, PEM file")
 	root := flag.String("root-token-file", "", "file with the administrator's token")
+	signer := flag.String("signer-token-file", "", "file with a token of Vault that signs with any key of the transit engine, and no more")
 	flag.Parse()
-	if err := run(*address, *certificate, *key, *issuer, *authority, *root); err != nil {
+	if err := run(*address, *certificate, *key, *issuer, *authority, *root, *signer); err != nil {
 		log.Fatal(err)
 	}
 }
 
-func run(address, certificate, key, issuer, authority, rootFile string) error {
+func run(address, certificate, key, issuer, authority, rootFile, signerFile string) error {
 	ctx := context.Background()
-	pem, err := os.ReadFile(authority)
+	trusted, err := os.ReadFile(authority)
 	if err != nil {
 		return err
 	}
@@ -80,7 +89,11 @@ func run(address, certificate, key, issuer, authority, rootFile string) error {
 	if err != nil {
 		return err
 	}
-	keys, err := jwt.NewOIDCDiscoveryKeySet(ctx, issuer, string(pem))
+	signer, err := os.ReadFile(signerFile)
+	if err != nil {
+		return err
+	}
+	keys, err := jwt.NewOIDCDiscoveryKeySet(ctx, issuer, string(trusted))
 	if err != nil {
 		return fmt.Errorf("the issuer's keys: %w", err)
 	}
@@ -98,11 +111,11 @@ func run(address, certificate, key, issuer, authority, rootFile string) error {
 		return err
 	}
 	c := &clouds{
-		issuer: issuer, root: strings.TrimSpace(string(root)), validator: validator, vault: vault, storage: storage,
-		tokens: map[string]token{},
+		issuer: issuer, root: strings.TrimSpace(string(root)), signer: strings.TrimSpace(string(signer)),
+		validator: validator, vault: vault, storage: storage, tokens: map[string]token{}, keys: map[string]*rsa.PrivateKey{},
 	}
 	if _, err := c.method(ctx, "config", map[string]any{
-		"oidc_discovery_url": issuer, "oidc_discovery_ca_pem": string(pem), "bound_issuer": issuer,
+		"oidc_discovery_url": issuer, "oidc_discovery_ca_pem": string(trusted), "bound_issuer": issuer,
 	}); err != nil {
 		return err
 	}
@@ -113,6 +126,8 @@ func run(address, certificate, key, issuer, authority, rootFile string) error {
 	mux.HandleFunc("GET /v1/auth/token/lookup-self", c.vaultLookup)
 	mux.HandleFunc("POST /v1/auth/token/revoke-self", c.vaultRevoke)
 	mux.HandleFunc("GET /v1/secret/data/{name}", c.vaultSecret)
+	mux.HandleFunc("POST /v1/transit/sign/{key}", c.vaultSign)
+	mux.HandleFunc("POST /control/transit-keys/{key}", c.vaultKey)
 	mux.HandleFunc("POST /v1/token", c.googleToken)
 	mux.HandleFunc("POST /v1/projects/-/serviceAccounts/{account}", c.googleImpersonate)
 	mux.HandleFunc("POST /{tenant}/oauth2/v2.0/token", c.entraToken)
@@ -287,6 +302,64 @@ func (c *clouds) vaultSecret(w http.ResponseWriter, r *http.Request) {
 	}
 	answer(w, http.StatusOK, map[string]any{"data": map[string]any{
 		"data": map[string]any{"value": "the secret of " + name}, "metadata": map[string]any{"version": 1},
+	}})
+}
+
+// A key of the transit engine. Vault's own import takes it wrapped.
+func (c *clouds) vaultKey(w http.ResponseWriter, r *http.Request) {
+	if r.Header.Get("X-Vault-Token") != c.root {
+		vaultErrors(w, http.StatusForbidden, "permission denied")
+		return
+	}
+	body, ok := read(w, r)
+	if !ok {
+		return
+	}
+	text, _ := body["pem"].(string)
+	block, _ := pem.Decode([]byte(text))
+	if block == nil {
+		vaultErrors(w, http.StatusBadRequest, "no PEM")
+		return
+	}
+	key, err := x509.ParsePKCS1PrivateKey(block.Bytes)
+	if err != nil {
+		parsed, other := x509.ParsePKCS8PrivateKey(block.Bytes)
+		if key, ok = parsed.(*rsa.PrivateKey); other != nil || !ok {
+			vaultErrors(w, http.StatusBadRequest, err.Error())
+			return
+		}
+	}
+	c.lock.Lock()
+	c.keys[r.PathValue("key")] = key
+	c.lock.Unlock()
+	w.WriteHeader(http.StatusNoContent)
+}
+
+func (c *clouds) vaultSign(w http.ResponseWriter, r *http.Request) {
+	if r.Header.Get("X-Vault-Token") != c.signer {
+		vaultErrors(w, http.StatusForbidden, "1 error occurred:\n\t* permission denied\n\n")
+		return
+	}
+	body, ok := read(w, r)
+	if !ok {
+		return
+	}
+	c.lock.Lock()
+	key := c.keys[r.PathValue("key")]
+	c.lock.Unlock()
+	input, err := base64.StdEncoding.DecodeString(fmt.Sprint(body["input"]))
+	if key == nil || err != nil || body["hash_algorithm"] != "sha2-256" || body["signature_algorithm"] != "pkcs1v15" {
+		vaultErrors(w, http.StatusBadRequest, "signing key not found, or not with these parameters")
+		return
+	}
+	digest := sha256.Sum256(input)
+	signature, err := rsa.SignPKCS1v15(nil, key, crypto.SHA256, digest[:])
+	if err != nil {
+		vaultErrors(w, http.StatusInternalServerError, err.Error())
+		return
+	}
+	answer(w, http.StatusOK, map[string]any{"data": map[string]any{
+		"signature": "vault:v1:" + base64.StdEncoding.EncodeToString(signature), "key_version": 1,
 	}})
 }
 
