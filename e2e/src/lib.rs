@@ -8,6 +8,7 @@ pub mod github;
 pub mod ingress;
 pub mod install;
 pub mod leak;
+pub mod moto;
 pub mod pool;
 pub mod stage;
 pub mod store;

@@ -3,9 +3,11 @@
 //! engine: the broker never has it.
 
 use anyhow::{Context, Result, ensure};
+use mayfly_e2e::audit;
 use mayfly_e2e::binding::bind;
 use mayfly_e2e::clouds::{self, Clouds};
 use mayfly_e2e::github::{self, Stage};
+use mayfly_e2e::moto;
 use mayfly_e2e::stage::{PATIENCE, POOL, turn};
 use mayfly_e2e::wait::eventually;
 use mayfly_github_simulator::control::NewRepository;
@@ -169,6 +171,38 @@ END
     ] {
         ensure!(said(&log, &line), "{line:?} is not in the log:\n{log}");
     }
+    stage.strike().await
+}
+
+/// AWS's answers, as moto gives them: a session of the role, which is named by run, attempt and job.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_of_aws_is_named_by_its_job() -> Result<()> {
+    let _turn = turn().await;
+    let (stage, clouds) = set("aws").await?;
+    let endpoint = moto::start(&stage.world).await?;
+    let aws = json!({"aws": {
+        "roleArn": "arn:aws:iam::123456789012:role/deploy", "region": "eu-central-1", "endpoint": endpoint,
+        "sessionPolicy": r#"{"Version":"2012-10-17","Statement":[]}"#, "policyArns": ["arn:aws:iam::aws:policy/ReadOnlyAccess"],
+    }});
+    give(&stage, &clouds, ("aws", "sts.amazonaws.com"), 900, aws).await?;
+    let script = r#"python3 - <<'END'
+import boto3, datetime
+found = boto3.Session().get_credentials()
+keys, left = found.get_frozen_credentials(), found._expiry_time - datetime.datetime.now(datetime.timezone.utc)
+print('found by:', found.method, boto3.Session().region_name, keys.access_key[:4], len(keys.secret_key), bool(keys.token))
+print('lives', 'as long as was ordered' if 600 < left.total_seconds() <= 900 else left)
+END
+aws configure list | awk '$1 == "access_key" {print "aws: " $3}'"#;
+    let run = stage.push_job("ci.yml", job(&clouds, script)).await?;
+    let log = stage.succeeds(run).await?;
+    for line in ["found by: container-role eu-central-1 ASIA 40 True", "lives as long as was ordered", "aws: container-role"] {
+        ensure!(said(&log, line), "{line:?} is not in the log:\n{log}");
+    }
+    let check = stage.organization.simulator.jobs(run).await?.first().context("a job")?.id;
+    let role = format!("arn:aws:sts::123456789012:assumed-role/deploy/mayfly-{run}-1-{check}");
+    let records = audit::records(&stage.world, "broker", &stage.namespace).await?;
+    let [record] = &records[..] else { anyhow::bail!("one exchange serves the whole job: {records:?}") };
+    ensure!(record["payload"]["credential"]["about"]["assumedRole"] == json!(role), "{role}: {record}");
     stage.strike().await
 }
 

@@ -109,6 +109,11 @@ impl AwsSession {
     }
 }
 
+/// Variables by which AWS's SDKs find the region: Python's knows the second alone.
+fn in_region(region: &str) -> [(&'static str, String); 2] {
+    [("AWS_REGION", region.to_owned()), ("AWS_DEFAULT_REGION", region.to_owned())]
+}
+
 impl Desk {
     /// Asks the broker which bindings this job may use, until it knows which job it is. Blocks.
     pub(crate) fn open(identity: Identity, broker: Broker, address: SocketAddr, folder: &Path) -> Result<Self, String> {
@@ -201,7 +206,7 @@ impl Desk {
             set.extend(self.for_aws(format!("{base}/v1/aws")));
         }
         if let [region] = regions[..] {
-            set.push(("AWS_REGION", region.to_owned()));
+            set.extend(in_region(region));
         }
         for kind in [Kind::Google, Kind::Azure, Kind::Vault] {
             let mut all = offers.iter().flatten().filter(|offer| offer.provider.kind() == kind);
@@ -236,7 +241,7 @@ impl Desk {
         Ok(match &offer.provider {
             Provider::Aws { region } => {
                 let found = self.for_aws(format!("{base}/v1/aws/{name}"));
-                found.into_iter().chain([("AWS_REGION", region.clone())]).collect()
+                found.into_iter().chain(in_region(region)).collect()
             }
             Provider::Google { .. } => {
                 let file = self.folder.join(GOOGLE);
@@ -626,7 +631,7 @@ pub(super) mod tests {
         let lines = desk.introduce().await;
         assert!(lines.contains("set AWS_CONTAINER_CREDENTIALS_FULL_URI=http://127.0.0.1:4711/v1/aws/deploy\n"), "{lines}");
         assert!(lines.contains(&format!("set AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE={}\n", desk.file(TOKEN))), "{lines}");
-        assert!(lines.contains("set AWS_REGION=eu-central-1\n"), "{lines}");
+        assert!(lines.contains("set AWS_REGION=eu-central-1\nset AWS_DEFAULT_REGION=eu-central-1\n"), "{lines}");
         let shown = |secret: &str| lines.lines().filter(|line| line.contains(secret)).map(str::to_owned).collect::<Vec<_>>();
         for secret in ["hunter2", "hunter3"] {
             assert_eq!(shown(secret), [format!("mask {secret}")]);
