@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use aws_lc_rs::constant_time::verify_slices_are_equal;
+use data_encoding::HEXLOWER;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::SetOnce;
@@ -126,7 +127,7 @@ impl Desk {
     pub(crate) fn waiting(identity: Identity, broker: Option<Broker>, address: SocketAddr, folder: &Path) -> Result<Self, String> {
         let mut random = [0; 32];
         aws_lc_rs::rand::fill(&mut random).map_err(|_| "no random numbers".to_owned())?;
-        let token: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+        let token = HEXLOWER.encode(&random);
         crate::tell(&folder.join(TOKEN), token.as_bytes())?;
         let (drawers, asking, folder) = (SetOnce::new(), tokio::sync::Mutex::new(()), folder.to_owned());
         Ok(Self { identity, broker, address, folder, token, until: Instant::now() + PATIENCE, drawers, asking })

@@ -3,11 +3,13 @@
 //! A record is written, and for a file is on the disk, before what it tells of leaves the process; where it cannot be written, nothing
 //! leaves. Records hold no token and no credential, only digests.
 
+use std::fmt::Write as _;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
+use data_encoding::HEXLOWER;
 use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -36,6 +38,9 @@ pub(crate) enum Action {
     /// A credential is about to leave.
     #[serde(rename = "credential.granted")]
     CredentialGranted,
+    /// A credential is about to leave, for a pod that had one of this binding before.
+    #[serde(rename = "credential.refreshed")]
+    CredentialRefreshed,
     /// A credential was asked for, and refused.
     #[serde(rename = "credential.denied")]
     CredentialDenied,
@@ -95,20 +100,20 @@ pub(crate) struct Request {
     pub(crate) ip_address: Option<String>,
 }
 
-/// What is to be recorded.
+/// What is to be recorded. Where there are many, what it is made of has types of its own.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub(crate) struct Event {
+pub(crate) struct Event<A = Value, T = Value, S = Value, P = Value> {
     pub(crate) action: Action,
     /// Who did it: a pod, or the controller.
-    pub(crate) actor: Value,
+    pub(crate) actor: A,
     /// To what: a binding, a pool, a runner, a job.
-    pub(crate) target: Value,
+    pub(crate) target: T,
     /// Within what: namespace and pool.
-    pub(crate) scope: Value,
+    pub(crate) scope: S,
     /// What it was about: the job, the token's digest, what was given or why not.
-    pub(crate) payload: Value,
+    pub(crate) payload: P,
     /// What helps to read it: the version of the program.
-    pub(crate) metadata: Value,
+    pub(crate) metadata: Program,
     pub(crate) success: bool,
     pub(crate) request: Request,
 }
@@ -122,7 +127,7 @@ impl Event {
             target,
             scope: json!({"namespace": namespace, "pool": pool}),
             payload: json!({}),
-            metadata: program(),
+            metadata: Program::THIS,
             success: true,
             request: Request { id: uuid(), ip_address: None },
         }
@@ -134,9 +139,31 @@ impl Event {
     }
 }
 
+impl<A: Serialize, T: Serialize, S: Serialize, P: Serialize> Event<A, T, S, P> {
+    /// To be kept for later, without what it was made from.
+    pub(crate) fn owned(&self) -> Event {
+        Event {
+            action: self.action,
+            actor: json!(self.actor),
+            target: json!(self.target),
+            scope: json!(self.scope),
+            payload: json!(self.payload),
+            metadata: self.metadata,
+            success: self.success,
+            request: self.request.clone(),
+        }
+    }
+}
+
 /// What a record's `metadata` says of this program.
-pub(crate) fn program() -> Value {
-    json!({"program": concat!("mayfly/", env!("CARGO_PKG_VERSION"))})
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Program {
+    program: &'static str,
+}
+
+impl Program {
+    /// This one.
+    pub(crate) const THIS: Self = Self { program: concat!("mayfly/", env!("CARGO_PKG_VERSION")) };
 }
 
 /// Which of two actions the generation of a spec is, by the one that was last recorded; `None` where that is the same.
@@ -145,17 +172,6 @@ pub(crate) fn of_spec(before: Option<i64>, generation: i64, created: Action, cha
         None => Some(created),
         Some(before) => (before != generation).then_some(changed),
     }
-}
-
-/// An event as it is written.
-#[derive(Serialize)]
-struct Record<'a> {
-    id: String,
-    version: u32,
-    occurred_at: String,
-    #[serde(flatten)]
-    event: &'a Event,
-    previous: &'a str,
 }
 
 /// Why a record was not written.
@@ -177,9 +193,9 @@ struct Chain {
     previous: String,
 }
 
-/// An event, and who waits for its record.
+/// An event as JSON, and who waits for its record.
 struct Waiting {
-    event: Event,
+    event: String,
     written: oneshot::Sender<Result<(), AuditError>>,
 }
 
@@ -209,7 +225,7 @@ impl Audit {
     }
 
     /// Writes a record, and tells the log where that fails: for what happens anyway.
-    pub(crate) async fn tell(&self, event: Event) {
+    pub(crate) async fn tell<A: Serialize, T: Serialize, S: Serialize, P: Serialize>(&self, event: &Event<A, T, S, P>) {
         let action = event.action;
         if let Err(error) = self.write(event).await {
             tracing::error!(%error, ?action, "what happened is not recorded");
@@ -217,7 +233,12 @@ impl Audit {
     }
 
     /// Writes a record. When this returns without an error, the record is where it cannot be lost with the process.
-    pub(crate) async fn write(&self, event: Event) -> Result<(), AuditError> {
+    pub(crate) async fn write<A, T, S, P>(&self, event: &Event<A, T, S, P>) -> Result<(), AuditError>
+    where
+        Event<A, T, S, P>: Serialize,
+    {
+        // Here, and not in the writer: there is one, and everybody waits for it.
+        let event = serde_json::to_string(event)?;
         let (written, told) = oneshot::channel();
         let waiting = self.0.waiting.as_ref().ok_or(AuditError::Ended)?;
         waiting.send(Waiting { event, written }).await.map_err(|_| AuditError::Ended)?;
@@ -241,26 +262,21 @@ impl Chain {
         let (mut lines, mut previous) = (String::new(), self.previous.clone());
         let mut taken = Vec::with_capacity(batch.len());
         for Waiting { event, written } in batch.drain(..) {
-            let record =
-                Record { id: uuid(), version: VERSION, occurred_at: Timestamp::now().to_string(), event: &event, previous: &previous };
-            match serde_json::to_string(&record) {
-                Ok(body) => {
-                    previous = hash_of(&body);
-                    lines.push_str(&body[..body.len() - 1]);
-                    lines.push_str(HASH);
-                    lines.push_str(&previous);
-                    lines.push_str("\"}\n");
-                    taken.push(written);
-                }
-                // Whoever waits may have given up, here and below.
-                Err(error) => drop(written.send(Err(AuditError::Json(error)))),
-            }
+            let begin = lines.len();
+            let (id, at, fields) = (uuid(), Timestamp::now(), &event[1..event.len() - 1]);
+            // Into a text, which takes everything.
+            let _ = write!(lines, r#"{{"id":"{id}","version":{VERSION},"occurred_at":"{at}",{fields},"previous":"{previous}"}}"#);
+            previous = hash_of(&lines[begin..]);
+            lines.pop();
+            lines.extend([HASH, &previous, "\"}\n"]);
+            taken.push(written);
         }
-        let kept = if lines.is_empty() { Ok(()) } else { self.sink.append(&lines).map_err(Arc::new) };
+        let kept = self.sink.append(&lines).map_err(Arc::new);
         if kept.is_ok() {
             self.previous = previous;
         }
         for written in taken {
+            // Whoever waits may have given up.
             drop(written.send(kept.clone().map_err(AuditError::Sink)));
         }
     }
@@ -274,7 +290,7 @@ pub(crate) fn uuid() -> String {
 }
 
 fn hash_of(body: &str) -> String {
-    Sha256::digest(body.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
+    HEXLOWER.encode(&Sha256::digest(body.as_bytes()))
 }
 
 /// The hash of a line, if it is that of the line's content.

@@ -61,7 +61,7 @@ fn event(n: u32) -> Event {
         target: json!({"kind": "CredentialBinding", "name": "b"}),
         scope: json!({"namespace": "ci"}),
         payload: json!({"n": n, "text": "\",\"hash\":\""}),
-        metadata: json!({}),
+        metadata: Program::THIS,
         success: true,
         request: Request { id: uuid(), ip_address: Some("192.0.2.1".to_owned()) },
     }
@@ -70,7 +70,7 @@ fn event(n: u32) -> Event {
 #[tokio::test]
 async fn a_record_has_every_field_of_its_version() {
     let memory = Memory::default();
-    Audit::new(memory.clone()).write(event(1)).await.expect("written");
+    Audit::new(memory.clone()).write(&event(1)).await.expect("written");
     let record = &memory.records()[0];
     for field in ["id", "version", "action", "actor", "target", "scope", "payload", "metadata", "occurred_at", "success", "request"] {
         assert!(!record[field].is_null(), "{field}");
@@ -85,7 +85,7 @@ async fn a_chain_goes_on_after_a_restart_and_after_a_torn_line() {
     let scratch = Scratch::new();
     for (n, torn) in [(1, ""), (2, ""), (3, r#"{"id":"torn"#), (4, "")] {
         let audit = Audit::new(FileSink::open(&scratch.0, None).expect("the file"));
-        audit.write(event(n)).await.expect("written");
+        audit.write(&event(n)).await.expect("written");
         drop(audit);
         let mut file = std::fs::OpenOptions::new().append(true).open(&scratch.0).expect("the file");
         std::io::Write::write_all(&mut file, torn.as_bytes()).expect("written");
@@ -96,8 +96,8 @@ async fn a_chain_goes_on_after_a_restart_and_after_a_torn_line() {
 #[tokio::test]
 async fn records_that_come_at_once_are_one_chain_and_fail_together() {
     let memory = Memory::default();
-    let audit = Audit::new(memory.clone());
-    let all = |range: std::ops::Range<u32>| futures::future::join_all(range.map(|n| audit.write(event(n))));
+    let audit = &Audit::new(memory.clone());
+    let all = |range: std::ops::Range<u32>| futures::future::join_all(range.map(|n| async move { audit.write(&event(n)).await }));
     assert!(all(0..500).await.iter().all(Result::is_ok));
     memory.fails.store(true, Ordering::SeqCst);
     assert!(all(500..600).await.iter().all(Result::is_err));
@@ -113,7 +113,7 @@ async fn whatever_is_done_to_a_line_shows() {
     let scratch = Scratch::new();
     let audit = Audit::new(FileSink::open(&scratch.0, None).expect("the file"));
     for n in 0..4 {
-        audit.write(event(n)).await.expect("written");
+        audit.write(&event(n)).await.expect("written");
     }
     let good = std::fs::read_to_string(&scratch.0).expect("text");
     let lines: Vec<&str> = good.lines().collect();
@@ -151,7 +151,7 @@ async fn the_chain_goes_on_from_file_to_file_and_old_ones_go() {
     // A restart in between, also between two files.
     for n in 0..12 {
         let audit = Audit::new(FileSink::open(&scratch.0, rotation).expect("the file"));
-        audit.write(event(n)).await.expect("written");
+        audit.write(&event(n)).await.expect("written");
         drop(audit);
         if n == 7 {
             std::fs::rename(numbered(1), numbered(2)).expect("moved");
@@ -201,18 +201,18 @@ async fn a_collector_has_a_record_when_it_says_so() {
         runtime: tokio::runtime::Handle::current(),
     };
     let audit = Audit::new(sink(Some(token.0.clone())));
-    audit.write(event(1)).await.expect("written");
+    audit.write(&event(1)).await.expect("written");
     fails.store(true, Ordering::SeqCst);
-    let error = audit.write(event(2)).await.expect_err("no room").to_string();
+    let error = audit.write(&event(2)).await.expect_err("no room").to_string();
     assert!(error.contains("507") && !error.contains("hunter2"), "{error}");
     fails.store(false, Ordering::SeqCst);
-    audit.write(event(3)).await.expect("written");
+    audit.write(&event(3)).await.expect("written");
     std::fs::write(&scratch.0, &*kept.lock().expect("no panic")).expect("written");
     assert_eq!(verify(&scratch.0).expect("read"), Ok(2));
-    assert!(Audit::new(sink(Some(scratch.0.with_extension("none")))).write(event(4)).await.is_err(), "without the token nothing is sent");
+    assert!(Audit::new(sink(Some(scratch.0.with_extension("none")))).write(&event(4)).await.is_err(), "without the token nothing is sent");
     server.abort();
     let _ = server.await;
-    let error = audit.write(event(5)).await.expect_err("nobody is there").to_string();
+    let error = audit.write(&event(5)).await.expect_err("nobody is there").to_string();
     assert!(!error.contains("/records"), "{error}");
 }
 
@@ -220,11 +220,11 @@ async fn a_collector_has_a_record_when_it_says_so() {
 async fn a_record_that_failed_is_no_part_of_the_chain() {
     let memory = Memory::default();
     let audit = Audit::new(memory.clone());
-    audit.write(event(1)).await.expect("written");
+    audit.write(&event(1)).await.expect("written");
     memory.fails.store(true, Ordering::SeqCst);
-    assert!(audit.write(event(2)).await.is_err());
+    assert!(audit.write(&event(2)).await.is_err());
     memory.fails.store(false, Ordering::SeqCst);
-    audit.write(event(3)).await.expect("written");
+    audit.write(&event(3)).await.expect("written");
     let lines = memory.lines.lock().expect("lines").clone();
     assert_eq!(memory.records()[1]["previous"].as_str(), own_hash(lines[0].trim_end()));
 }

@@ -1,5 +1,6 @@
 //! The broker's API: who asks, may it, get it, write it down, hand it out. In this order, and nothing leaves before it is written down.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -18,6 +19,7 @@ use kube::core::DeserializeGuard;
 use kube::runtime::reflector::{ObjectRef, Store};
 use mayfly_crds::names::{ANNOTATION_JOB_CLAIMS, LABEL_POOL};
 use mayfly_crds::{CredentialBinding, RunnerPool};
+use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::sync::OnceCell;
 use tower::limit::GlobalConcurrencyLimitLayer;
@@ -30,7 +32,7 @@ use super::report::Reports;
 use super::revoke::{Owed, Revocations};
 use super::token::Claims;
 use super::wire::{MAX_BODY, TokenRequest, denied, granted, offered};
-use crate::audit::{Action, Audit, Event, Request};
+use crate::audit::{Action, Audit, Event, Program, Request};
 use crate::runner::identity::{Identities, IdentityError, PodIdentity};
 use crate::runner::{Phase, phase};
 use crate::runtime::metrics::Metrics;
@@ -42,6 +44,9 @@ const REQUEST: Duration = Duration::from_secs(25);
 /// Answers kept for a pod that asks again: as many, and so long as a token of the longest sound life.
 const ANSWERS: u64 = 10_000;
 const ANSWER_LIFE: Duration = Duration::from_secs(900);
+/// Pods remembered that had something, by binding, and how long after they had it.
+const GIVEN: u64 = 100_000;
+const GIVEN_LIFE: Duration = Duration::from_secs(13 * 60 * 60);
 /// Between two looks at which pods have ended, and revocations at the same time.
 const LOOK: Duration = Duration::from_millis(500);
 const REVOCATIONS: usize = 16;
@@ -70,6 +75,8 @@ pub(crate) struct Broker {
     replay: Mutex<Replay>,
     /// By spent token, the binding's generation and what was wanted: a pod that asks again, or twice at once, gets the one answer.
     answers: moka::sync::Cache<(SpentKey, i64, String), Arc<OnceCell<Credential>>>,
+    /// By pod and binding, who had something: what they get after that is a refreshment.
+    given: moka::sync::Cache<(String, String), ()>,
     revocations: Revocations,
     started: i64,
     alone: bool,
@@ -104,6 +111,7 @@ impl Broker {
             metrics: parts.metrics,
             replay: Mutex::new(Replay::new(parts.remembered)),
             answers: moka::sync::Cache::builder().max_capacity(ANSWERS).time_to_live(ANSWER_LIFE).build(),
+            given: moka::sync::Cache::builder().max_capacity(GIVEN).time_to_idle(GIVEN_LIFE).build(),
             revocations: Revocations::default(),
             started: Timestamp::now().as_second(),
             alone: parts.alone,
@@ -128,8 +136,8 @@ struct Trail {
     presenter: Option<PodIdentity>,
     pod: Option<PodFacts>,
     binding: String,
-    claims: Option<Claims>,
-    grant: Option<Grant>,
+    claims: Option<Arc<Claims>>,
+    grant: Option<Arc<Grant>>,
 }
 
 async fn token(State(broker): State<Arc<Broker>>, ConnectInfo(peer): ConnectInfo<SocketAddr>, headers: HeaderMap, body: Bytes) -> Response {
@@ -167,15 +175,20 @@ async fn bindings(State(broker): State<Arc<Broker>>, headers: HeaderMap, RawQuer
 
 /// What is known of a pod; `owns` says whether the pool that it names is there and owns it.
 pub(crate) fn pod_facts(pod: &Pod, owns: impl Fn(&str) -> bool) -> PodFacts {
-    let runs = pod.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Running");
     PodFacts {
         namespace: pod.namespace().unwrap_or_default(),
         name: pod.name_any(),
         uid: pod.uid().unwrap_or_default(),
         pool: pod.labels().get(LABEL_POOL).filter(|pool| owns(pool)).cloned(),
-        running: runs && matches!(phase(pod), Phase::Alive { .. }),
+        running: running(pod),
         job_claims: pod.annotations().get(ANNOTATION_JOB_CLAIMS).cloned(),
     }
+}
+
+/// It has begun, and neither ends nor has ended.
+fn running(pod: &Pod) -> bool {
+    let begun = pod.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Running");
+    begun && matches!(phase(pod), Phase::Alive { .. })
 }
 
 fn outcome(denial: &Denial) -> &'static str {
@@ -203,15 +216,16 @@ impl Broker {
         trail.pod = self.pod(&presenter);
 
         let claims = self.issuers.verify(asked.subject_token.reveal(), Timestamp::now().as_second()).await.map_err(no_token)?;
-        trail.claims = Some(claims.clone());
-        let binding = self.binding(&presenter.namespace, &asked.binding);
+        let claims = &*trail.claims.insert(Arc::new(claims)).clone();
+        let known = self.binding(&presenter.namespace, &asked.binding);
+        let binding = known.as_ref().and_then(|binding| binding.0.as_ref().ok());
         // After everything that is waited for: what holds now is what counts.
         let (pod, now) = (self.pod(&presenter), Timestamp::now().as_second());
         let question = Question {
-            token: &claims,
+            token: claims,
             presenter: Presenter { namespace: &presenter.namespace, name: &presenter.name, uid: &presenter.uid },
             pod: pod.as_ref(),
-            binding: binding.as_ref(),
+            binding,
             lifetime: asked.lifetime,
             scope: asked.scope.as_deref(),
             itself: asked.itself,
@@ -220,29 +234,36 @@ impl Broker {
             now,
         };
         let grant = decide(&question, &mut self.replay.lock().unwrap_or_else(PoisonError::into_inner))?;
-        trail.grant = Some(grant.clone());
+        let grant = &*trail.grant.insert(Arc::new(grant)).clone();
         let Some(binding) = binding else {
             return Err(Denial::new(Check::Binding, Public::InvalidTarget, "the binding is gone"));
         };
 
+        let trail = &*trail;
         let owe = |credential: &Credential| {
             self.revocations.owe(Owed {
                 pod: presenter.clone(),
                 binding: (asked.binding.clone(), grant.binding_uid.clone()),
                 provider: binding.spec.provider.clone(),
                 credential: credential.clone(),
-                event: self.event(Action::CredentialRevoked, trail, request, Some(credential), None),
+                event: trail.event(Action::CredentialRevoked, request, Some(credential), None).owned(),
                 again: None,
             });
         };
-        let credential = self.exchange(&asked, &claims, &binding, &grant, now, owe).await?;
+        let credential = self.exchange(&asked, claims, binding, grant, now, owe).await?;
         // The cloud may have taken its time, and the pod may be gone meanwhile.
-        if !self.pod(&presenter).is_some_and(|pod| pod.uid == presenter.uid && pod.running) {
+        if !self.runs(&presenter) {
             return Err(Denial::new(Check::Pod, Public::InvalidClient, "the pod ended before its credential was there"));
         }
-        let event = self.event(Action::CredentialGranted, trail, request, Some(&credential), None);
-        if let Err(error) = self.audit.write(event).await {
+        let given = (presenter.uid.clone(), grant.binding_uid.clone());
+        let action = match self.given.entry(given.clone()).or_insert(()).is_fresh() {
+            true => Action::CredentialGranted,
+            false => Action::CredentialRefreshed,
+        };
+        let event = trail.event(action, request, Some(&credential), None);
+        if let Err(error) = self.audit.write(&event).await {
             tracing::error!(%error, request = request.id, "nothing leaves");
+            self.given.invalidate(&given);
             return Err(Denial::new(Check::Audit, Public::TemporarilyUnavailable, "the audit record could not be written"));
         }
         Ok(credential)
@@ -277,9 +298,9 @@ impl Broker {
     /// What belonged to a pod that does not run any more, or came of a binding that is gone. What could not be revoked is due again.
     async fn revoke_what_is_due(&self) {
         let due = self.revocations.due(Timestamp::now().as_second(), |owed| {
-            let runs = self.pod(&owed.pod).is_some_and(|pod| pod.uid == owed.pod.uid && pod.running);
             let (name, uid) = &owed.binding;
-            !runs || self.binding(&owed.pod.namespace, name).is_none_or(|binding| binding.metadata.uid.as_ref() != Some(uid))
+            let sound = |binding: &Guarded<CredentialBinding>| binding.0.is_ok() && binding.uid().as_ref() == Some(uid);
+            !self.runs(&owed.pod) || !self.binding(&owed.pod.namespace, name).is_some_and(|binding| sound(&binding))
         });
         futures::stream::iter(due).for_each_concurrent(REVOCATIONS, |owed| self.revoke(owed)).await;
     }
@@ -300,7 +321,7 @@ impl Broker {
         let mut event = owed.event;
         event.success = error.is_none();
         event.payload["error"] = json!(error);
-        self.audit.tell(event).await;
+        self.audit.tell(&event).await;
     }
 
     /// One exchange for one token, however often its pod asks; `owe` is told of what has to be revoked, before anything is waited for.
@@ -363,9 +384,15 @@ impl Broker {
         uid.is_some_and(|uid| pod.owner_references().iter().any(|owner| owner.kind == "RunnerPool" && owner.uid == uid))
     }
 
-    fn binding(&self, namespace: &str, name: &str) -> Option<CredentialBinding> {
-        let found = self.known.bindings.get(&ObjectRef::<Guarded<CredentialBinding>>::new(name).within(namespace))?;
-        found.0.as_ref().ok().cloned()
+    /// The binding, which may be unsound.
+    fn binding(&self, namespace: &str, name: &str) -> Option<Arc<Guarded<CredentialBinding>>> {
+        self.known.bindings.get(&ObjectRef::<Guarded<CredentialBinding>>::new(name).within(namespace))
+    }
+
+    /// Whether this very pod still runs.
+    fn runs(&self, identity: &PodIdentity) -> bool {
+        let pod = self.known.pods.get(&ObjectRef::<Pod>::new(&identity.name).within(&identity.namespace));
+        pod.is_some_and(|pod| pod.metadata.uid.as_ref() == Some(&identity.uid) && running(&pod))
     }
 
     /// Logs and records that nothing was given out.
@@ -384,40 +411,103 @@ impl Broker {
         if denial.check == Check::Audit {
             return;
         }
-        let event = self.event(Action::CredentialDenied, trail, request, None, Some(denial));
-        self.audit.tell(event).await;
+        self.audit.tell(&trail.event(Action::CredentialDenied, request, None, Some(denial))).await;
     }
+}
 
-    fn event(&self, action: Action, trail: &Trail, request: &Request, credential: Option<&Credential>, denial: Option<&Denial>) -> Event {
-        let presenter = trail.presenter.as_ref();
-        let pool = trail.pod.as_ref().and_then(|pod| pod.pool.clone());
-        let grant = trail.grant.as_ref();
+impl Trail {
+    /// The record of what came of it.
+    fn event<'a>(
+        &'a self,
+        action: Action,
+        request: &Request,
+        credential: Option<&'a Credential>,
+        denial: Option<&'a Denial>,
+    ) -> Event<Actor<'a>, Target<'a>, Scope<'a>, Payload<'a>> {
+        let presenter = self.presenter.as_ref();
+        let namespace = presenter.map(|pod| pod.namespace.as_str());
+        let grant = self.grant.as_deref();
         Event {
             action,
-            actor: json!({
-                "kind": "Pod", "namespace": presenter.map(|pod| &pod.namespace), "name": presenter.map(|pod| &pod.name),
-                "uid": presenter.map(|pod| &pod.uid),
-            }),
-            target: json!({
-                "kind": "CredentialBinding", "name": trail.binding, "uid": grant.map(|grant| &grant.binding_uid),
-                "generation": grant.map(|grant| grant.generation),
-            }),
-            scope: json!({"namespace": presenter.map(|pod| &pod.namespace), "pool": pool}),
-            payload: json!({
-                "token": trail.claims.as_ref().map(token_of), "grant": grant,
-                "credential": credential.map(|credential| json!({"expires": credential.expires, "about": credential.about})),
-                "denial": denial,
-            }),
-            metadata: crate::audit::program(),
+            actor: Actor {
+                kind: "Pod",
+                namespace,
+                name: presenter.map(|pod| pod.name.as_str()),
+                uid: presenter.map(|pod| pod.uid.as_str()),
+            },
+            target: Target {
+                kind: "CredentialBinding",
+                name: &self.binding,
+                uid: grant.map(|grant| grant.binding_uid.as_str()),
+                generation: grant.map(|grant| grant.generation),
+            },
+            scope: Scope { namespace, pool: self.pod.as_ref().and_then(|pod| pod.pool.as_deref()) },
+            payload: Payload {
+                token: self.claims.as_deref().map(TokenRecord::of),
+                grant,
+                credential: credential.map(|credential| Given { expires: credential.expires, about: &credential.about }),
+                denial,
+            },
+            metadata: Program::THIS,
             success: denial.is_none(),
             request: request.clone(),
         }
     }
 }
 
+/// The pod that asked.
+#[derive(Serialize)]
+struct Actor<'a> {
+    kind: &'static str,
+    namespace: Option<&'a str>,
+    name: Option<&'a str>,
+    uid: Option<&'a str>,
+}
+
+/// The binding it asked for.
+#[derive(Serialize)]
+struct Target<'a> {
+    kind: &'static str,
+    name: &'a str,
+    uid: Option<&'a str>,
+    generation: Option<i64>,
+}
+
+#[derive(Serialize)]
+struct Scope<'a> {
+    namespace: Option<&'a str>,
+    pool: Option<&'a str>,
+}
+
+#[derive(Serialize)]
+struct Payload<'a> {
+    token: Option<TokenRecord<'a>>,
+    grant: Option<&'a Grant>,
+    credential: Option<Given<'a>>,
+    denial: Option<&'a Denial>,
+}
+
+/// What was given: when it ends and what it is, and nothing of it.
+#[derive(Serialize)]
+struct Given<'a> {
+    expires: i64,
+    about: &'a Value,
+}
+
 /// What records say of a token: its digest, and whose job it is of.
-fn token_of(claims: &Claims) -> Value {
-    let names = [
+#[derive(Serialize)]
+struct TokenRecord<'a> {
+    sha256: String,
+    issuer: &'a str,
+    audience: &'a str,
+    subject: &'a str,
+    jti: Option<&'a str>,
+    expires: i64,
+    job: BTreeMap<&'static str, &'a str>,
+}
+
+impl<'a> TokenRecord<'a> {
+    const OF_JOB: [&'static str; 10] = [
         "repository",
         "repository_id",
         "run_id",
@@ -429,12 +519,18 @@ fn token_of(claims: &Claims) -> Value {
         "job_workflow_ref",
         "actor_id",
     ];
-    let job: serde_json::Map<String, Value> =
-        names.iter().filter_map(|name| Some(((*name).to_owned(), json!(claims.get(name)?)))).collect();
-    json!({
-        "sha256": claims.digest_text(), "issuer": claims.issuer, "audience": claims.audience, "subject": claims.subject,
-        "jti": claims.jti, "expires": claims.expires, "job": job,
-    })
+
+    fn of(claims: &'a Claims) -> Self {
+        Self {
+            sha256: claims.digest_text(),
+            issuer: &claims.issuer,
+            audience: &claims.audience,
+            subject: &claims.subject,
+            jti: claims.jti.as_deref(),
+            expires: claims.expires,
+            job: Self::OF_JOB.iter().filter_map(|name| Some((*name, claims.get(name)?))).collect(),
+        }
+    }
 }
 
 fn unknown_pod(error: IdentityError) -> Denial {

@@ -4,10 +4,10 @@
 //! algorithms that the operator's configuration names for the issuer, a key that the token names and the issuer published, one audience.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use data_encoding::HEXLOWER;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
@@ -96,10 +96,7 @@ impl Claims {
 
     /// The digest as hexadecimal text, by which records name the token.
     pub(crate) fn digest_text(&self) -> String {
-        self.digest.iter().fold(String::new(), |mut text, byte| {
-            let _ = write!(text, "{byte:02x}");
-            text
-        })
+        HEXLOWER.encode(&self.digest)
     }
 }
 

@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use data_encoding::HEXLOWER;
 use futures::{StreamExt, stream};
 use jiff::SignedDuration;
 use k8s_openapi::api::core::v1::{ObjectReference, Pod, ServiceAccount};
@@ -101,7 +102,7 @@ fn is_stale(policy: &NetworkPolicy, pool: &Pool, wanted: &BTreeMap<String, Strin
 
 fn digest(policies: &impl Serialize) -> Result<String, String> {
     let json = serde_json::to_vec(policies).map_err(|error| error.to_string())?;
-    Ok(Sha256::digest(json).iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(HEXLOWER.encode(&Sha256::digest(json)))
 }
 
 async fn forge_addresses(ctx: &Context, pool: &Pool, handle: &PoolHandle) -> Result<Vec<std::net::IpAddr>, String> {

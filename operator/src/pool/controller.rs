@@ -98,7 +98,7 @@ impl Context {
     /// Has it recorded; nobody waits.
     pub(crate) fn record(&self, event: audit::Event) {
         let audit = self.audit.clone();
-        self.tasks.spawn(async move { audit.tell(event).await });
+        self.tasks.spawn(async move { audit.tell(&event).await });
     }
 
     /// The time. The only place in this room that asks for it.

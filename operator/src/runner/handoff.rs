@@ -273,7 +273,7 @@ async fn register(ctx: &Context, handle: &PoolHandle, forge: &dyn Forge, pod: &P
     };
     let payload = json!({"registration": registration.key.id, "job": job.to_string()});
     let event = ctx.event(Action::RunnerRegistered, &handle.key, runner_target(&pod.name, &pod.uid)).about(payload, true);
-    if let Err(error) = ctx.audit.write(event).await {
+    if let Err(error) = ctx.audit.write(&event).await {
         tracing::error!(pool = %handle.key, pod = pod.name, %error, "nothing leaves: the registration is taken back");
         if let Err(error) = forge.deregister(&registration.key).await {
             tracing::warn!(pool = %handle.key, pod = pod.name, %error, "it is left to the sweep");

@@ -91,7 +91,7 @@ pub(super) fn start(
                     continue;
                 }
                 if let Some(event) = record(&mut recorded, &io, (&namespace, &name), binding.as_deref()) {
-                    audit.tell(event).await;
+                    audit.tell(&event).await;
                 }
                 let Some(binding) = binding else { continue };
                 let Some(new) = status(&binding, &known, &stored_time(Timestamp::now())) else { continue };

@@ -241,6 +241,8 @@ async fn where_the_record_cannot_be_written_nothing_leaves() {
     let (status, _) = stage.ask("pod-1", &token).await;
     assert_eq!(status, StatusCode::OK, "the same pod may try again");
     assert_eq!(stage.sts.calls(), 1, "with the credential that did not leave");
+    let last = stage.audit.records().pop().expect("a record");
+    assert_eq!(last["action"], "credential.granted", "it had none before");
 }
 
 #[tokio::test]
@@ -265,6 +267,9 @@ async fn a_pod_that_asks_a_hundred_times_at_once_gets_one_credential() {
     let answers = futures::future::join_all((0..100).map(|_| stage.ask("pod-1", &token))).await;
     assert!(answers.iter().all(|(status, answer)| *status == StatusCode::OK && answer["access_token"] == answers[0].1["access_token"]));
     assert_eq!((stage.sts.calls(), stage.audit.records().len()), (1, 100));
+    let records = stage.audit.records();
+    let told = |action: &str| records.iter().filter(|record| record["action"] == action).count();
+    assert_eq!((told("credential.granted"), told("credential.refreshed")), (1, 99));
 }
 
 #[tokio::test]
