@@ -2,10 +2,11 @@
 //! in `target/bench.json`. Times are wall-clock of this machine, which runs cluster, forge and jobs at once: compare the ratios.
 
 mod github;
+mod many;
 mod measure;
 mod process;
+mod slots;
 
-use std::fs;
 use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -26,7 +27,7 @@ use mayfly_e2e::world::SYSTEM;
 use mayfly_e2e::{install, leak, pool};
 use serde_json::{Value, json};
 
-use measure::{Audited, Figures, Times, now, per_job};
+use measure::{Audited, Figures, Process, Times, now, per_job};
 
 /// Jobs measured one after another, and as one burst.
 const SINGLE: usize = 8;
@@ -42,18 +43,49 @@ const STEADY: (&str, u32) = ("steady.yml", 4);
 #[derive(Parser)]
 #[command(version, about)]
 struct Arguments {
-    /// Leave out the memory figures, which take some minutes.
+    /// Leave out what takes many minutes.
     #[arg(long)]
     quick: bool,
     /// The forge: GitHub is a simulator here, and its runner a stand-in.
     #[arg(long, env = "FORGE", value_enum)]
     forge: Option<ForgeName>,
+    /// Nothing but these parts, however long they take.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    only: Vec<Part>,
+}
+
+impl Arguments {
+    fn want(&self, part: Part) -> bool {
+        let of_forge = match part {
+            Part::Broker => true,
+            Part::Gitea => self.forge != Some(ForgeName::Github),
+            _ => self.forge != Some(ForgeName::Gitea),
+        };
+        let long = matches!(part, Part::Slots | Part::ScaleSets);
+        if self.only.is_empty() { of_forge && !(long && self.quick) } else { self.only.contains(&part) }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum ForgeName {
     Gitea,
     Github,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    /// What an exchange costs, on one core.
+    Broker,
+    /// Jobs of one scale set at once.
+    Bursts,
+    /// What a credential adds to a job.
+    Credentials,
+    /// More jobs than pods at a time, beside the same pods without Mayfly.
+    Slots,
+    /// Many scale sets in one process.
+    ScaleSets,
+    /// Jobs of Gitea, one after another and at once; breach, leaks, memory.
+    Gitea,
 }
 
 #[tokio::main]
@@ -72,13 +104,24 @@ async fn bench(arguments: &Arguments) -> Result<()> {
     let cluster = Cluster::up(Options::default(), &progress)?;
     install::install(&cluster, &progress)?;
     let mut figures = Figures::default();
-    process::broker(&mut figures)?;
-    if arguments.forge != Some(ForgeName::Gitea) {
-        github::bursts(arguments.quick, &mut figures).await?;
-        github::credentials(arguments.quick, &mut figures).await?;
+    let (quick, want) = (arguments.quick, |part| arguments.want(part));
+    if want(Part::Broker) {
+        process::broker(&mut figures)?;
     }
-    if arguments.forge != Some(ForgeName::Github) {
-        gitea(arguments.quick, &mut figures).await?;
+    if want(Part::Bursts) {
+        github::bursts(quick, &mut figures).await?;
+    }
+    if want(Part::Credentials) {
+        github::credentials(quick, &mut figures).await?;
+    }
+    if want(Part::Slots) {
+        slots::compare(&mut figures).await?;
+    }
+    if want(Part::ScaleSets) {
+        many::scale_sets(&mut figures).await?;
+    }
+    if want(Part::Gitea) {
+        gitea(quick, &mut figures).await?;
     }
     figures.write()
 }
@@ -323,7 +366,7 @@ async fn memory(stage: &Stage, figures: &mut Figures) -> Result<()> {
         })
         .await?;
         tokio::time::sleep(Duration::from_secs(15)).await;
-        figures.add(format!("operator_memory_{count}_pools"), operator_memory()? / f64::from(1 << 20), "MiB");
+        figures.add(format!("operator_memory_{count}_pools"), Process::operator()?.memory()?, "MiB");
     }
     for n in 1..made {
         let pools: Api<RunnerPool> = pool::pools(&stage.world, &stage.namespace);
@@ -334,19 +377,4 @@ async fn memory(stage: &Stage, figures: &mut Figures) -> Result<()> {
         Ok(left.iter().all(|pool| pool.name_any() == POOL).then_some(()))
     })
     .await
-}
-
-/// Resident memory of the operator's process, in bytes.
-fn operator_memory() -> Result<f64> {
-    for process in fs::read_dir("/proc")?.flatten() {
-        let path = process.path();
-        let command = fs::read(path.join("cmdline")).unwrap_or_default();
-        if command == b"/mayfly\0controller\0" {
-            let status = fs::read_to_string(path.join("status"))?;
-            let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
-            let kilobytes: f64 = line.trim().trim_end_matches(" kB").parse()?;
-            return Ok(kilobytes * 1024.0);
-        }
-    }
-    anyhow::bail!("the operator's process was not found on this machine")
 }

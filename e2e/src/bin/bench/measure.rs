@@ -145,3 +145,57 @@ fn count(log: &str) -> Calls {
     }
     calls
 }
+
+/// Ticks of the kernel's accounting in a second, on Linux.
+const TICKS: f64 = 100.0;
+
+/// A process of this machine.
+pub(crate) struct Process(PathBuf);
+
+impl Process {
+    /// The operator's.
+    pub(crate) fn operator() -> Result<Self> {
+        Self::find("the operator", |words| words == ["/mayfly", "controller"])
+    }
+
+    /// The API server's.
+    pub(crate) fn api_server() -> Result<Self> {
+        Self::find("the API server", |words| words.first().is_some_and(|program| program.ends_with("/kube-apiserver")))
+    }
+
+    fn find(what: &str, is: impl Fn(&[&str]) -> bool) -> Result<Self> {
+        for process in fs::read_dir("/proc")?.flatten() {
+            let command = fs::read(process.path().join("cmdline")).unwrap_or_default();
+            let command = String::from_utf8_lossy(&command);
+            if is(&command.split_terminator('\0').collect::<Vec<_>>()) {
+                return Ok(Self(process.path()));
+            }
+        }
+        anyhow::bail!("the process of {what} was not found on this machine")
+    }
+
+    /// What it has in memory, in MiB.
+    pub(crate) fn memory(&self) -> Result<f64> {
+        let status = fs::read_to_string(self.0.join("status"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
+        Ok(line.trim().trim_end_matches(" kB").parse::<f64>()? / 1024.0)
+    }
+
+    /// Processor time it has used so far, in seconds.
+    pub(crate) fn used(&self) -> Result<f64> {
+        let stat = fs::read_to_string(self.0.join("stat"))?;
+        // The name, in parentheses, may have spaces. After it the 12th and 13th.
+        let fields = stat.rsplit_once(')').context("a name")?.1.split_whitespace().skip(11);
+        Ok(fields.take(2).map(str::parse::<f64>).sum::<Result<f64, _>>()? / TICKS)
+    }
+
+    /// Established TCP connections of its network namespace.
+    pub(crate) fn connections(&self) -> Result<f64> {
+        let mut count = 0;
+        for table in ["net/tcp", "net/tcp6"] {
+            let text = fs::read_to_string(self.0.join(table))?;
+            count += text.lines().skip(1).filter(|line| line.split_whitespace().nth(3) == Some("01")).count();
+        }
+        Ok(count as f64)
+    }
+}
