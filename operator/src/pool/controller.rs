@@ -33,7 +33,7 @@ use super::proof;
 use super::registry::{Deaf, PoolHandle, PoolKey, Pools};
 use super::room::{self, Facts};
 use super::status::{self, Outcome, UserNamespaces, status};
-use super::validate::{Pool, Source, validate};
+use super::validate::{Pool, Source, Validated, validate};
 use crate::audit::{self, Audit};
 use crate::cli::Settings;
 use crate::forge::ForgeError;
@@ -66,6 +66,8 @@ pub(crate) struct Context {
     pub(crate) metrics: Metrics,
     pub(crate) registry: Arc<Pools>,
     pub(crate) pools: Store<Guarded>,
+    /// What became of them.
+    pub(crate) validated: Validated,
     pub(crate) pods: Store<Pod>,
     /// To be told when the watch of pods hears nothing.
     pub(crate) deaf: Arc<Deaf>,
@@ -107,11 +109,15 @@ impl Context {
     }
 
     /// Pools that are served before this one.
-    pub(super) fn pools_before(&self, pool: &Pool) -> Vec<Pool> {
-        let others = self.pools.state();
-        let valid = others.iter().filter_map(|guarded| guarded.0.as_ref().ok());
-        let serving = valid.filter(|other| other.metadata.deletion_timestamp.is_none());
-        serving.filter_map(|other| validate(other).ok()).filter(|other| other.uid != pool.uid && other.goes_before(pool)).collect()
+    pub(super) fn pools_before(&self, pool: &Pool) -> Vec<Arc<Pool>> {
+        let mut others = self.valid_pools();
+        others.retain(|other| other.uid != pool.uid && other.goes_before(pool));
+        others
+    }
+
+    /// Pools that are served.
+    pub(super) fn valid_pools(&self) -> Vec<Arc<Pool>> {
+        self.validated.of(&self.pools.state())
     }
 
     /// Whether somebody has to know what the jobs of this pool are: who issues their tokens, or the broker, for a binding that names it.

@@ -355,7 +355,7 @@ async fn demand(
     observed: &mut Observed,
 ) -> Result<(), ForgeError> {
     let enough = (pool.spec.scale.max as usize) + WAITING_TOLD;
-    let older: Vec<Pool> = ctx.pools_before(pool).into_iter().filter(|other| other.may_overlap(pool)).collect();
+    let older: Vec<Arc<Pool>> = ctx.pools_before(pool).into_iter().filter(|other| other.may_overlap(pool)).collect();
     observed.overlaps = older.iter().map(|other| other.key.to_string()).collect();
     observed.overlaps.sort();
     for job in forge.jobs(JobState::Queued).await? {
@@ -389,7 +389,7 @@ async fn demand(
     Ok(())
 }
 
-fn decide(pool: &Pool, older: &[Pool], job: &Job, run: &Run) -> Result<(), Refusal> {
+fn decide(pool: &Pool, older: &[Arc<Pool>], job: &Job, run: &Run) -> Result<(), Refusal> {
     pool.rules.check_run(run)?;
     let first = older.iter().find(|other| other.scope_covers(&pool.url, &job.key.repository) && other.rules.check(job, run).is_ok());
     match first {

@@ -14,7 +14,6 @@ use tower::limit::GlobalConcurrencyLimitLayer;
 
 use super::controller::Context;
 use super::registry::{PoolHandle, PoolKey};
-use super::validate::validate;
 use crate::forge::webhook::{self, MAX_BODY, Refusal};
 use crate::forge::{JobKey, Repository};
 
@@ -88,9 +87,7 @@ fn take(ctx: &Context, handle: Option<&PoolHandle>, hint: &webhook::Hint) {
 }
 
 fn pools_for(ctx: &Context, url: &str, repository: &Repository) -> Vec<Arc<PoolHandle>> {
-    let stored = ctx.pools.state();
-    let valid = stored.iter().filter_map(|guarded| validate(guarded.0.as_ref().ok()?).ok());
-    valid.filter(|pool| pool.scope_covers(url, repository)).filter_map(|pool| ctx.registry.get(&pool.key)).collect()
+    ctx.valid_pools().into_iter().filter(|pool| pool.scope_covers(url, repository)).filter_map(|pool| ctx.registry.get(&pool.key)).collect()
 }
 
 #[cfg(test)]

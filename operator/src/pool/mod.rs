@@ -21,6 +21,6 @@ pub(crate) use gather::{own_pods, runners_of_pool};
 pub(crate) use nodes::looked_at;
 pub(crate) use registry::{Deaf, NoJob, OwedJob, PoolHandle, PoolKey, Pools};
 pub(crate) use room::parts;
-pub(crate) use validate::Pool;
+pub(crate) use validate::{Pool, Validated};
 #[cfg(test)]
 pub(crate) use {controller::tests::context, registry::Spawned};

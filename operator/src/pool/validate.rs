@@ -2,9 +2,13 @@
 //!
 //! The API server checks the same rules (see `crds`); an object written before a rule existed, or past validation, stops here.
 
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
 use jiff::SignedDuration;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use kube::core::DeserializeGuard;
 use kube::{Resource, ResourceExt};
 use mayfly_crds::{Gitea, Github, GithubScaleSet, Jobs, RunnerPool, RunnerPoolSpec, SecretKeyRef};
 
@@ -137,6 +141,31 @@ pub(crate) fn validate(pool: &RunnerPool) -> Result<Pool, String> {
         },
         spec: spec.clone(),
     })
+}
+
+/// Pools that make sense, each read once in each of its generations: every pass of every pool looks at all of them.
+#[derive(Default)]
+pub(crate) struct Validated(Mutex<HashMap<Generation, Option<Arc<Pool>>>>);
+
+/// UID and generation.
+type Generation = (String, i64);
+
+impl Validated {
+    /// Those of `stored` that make sense and are there to stay.
+    pub(crate) fn of(&self, stored: &[Arc<DeserializeGuard<RunnerPool>>]) -> Vec<Arc<Pool>> {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.len() > 2 * stored.len() {
+            known.clear();
+        }
+        let readable = stored.iter().filter_map(|guarded| guarded.0.as_ref().ok());
+        let staying = readable.filter(|pool| pool.metadata.deletion_timestamp.is_none());
+        let read = |pool: &RunnerPool| validate(pool).ok().map(Arc::new);
+        let all = staying.filter_map(|pool| match (pool.uid(), pool.meta().generation) {
+            (Some(uid), Some(generation)) => known.entry((uid, generation)).or_insert_with(|| read(pool)).clone(),
+            _ => read(pool),
+        });
+        all.collect()
+    }
 }
 
 /// What a pool says of its forge.
@@ -296,11 +325,11 @@ impl Pool {
                     (Scope::Repository(a), Scope::Repository(b)) => a.as_str().eq_ignore_ascii_case(b.as_str()),
                     _ => false,
                 };
-                same_server(&self.url, &other.url) && (meet(scope, others) || meet(others, scope)) && self.rules.may_overlap(&other.rules)
+                (meet(scope, others) || meet(others, scope)) && self.rules.may_overlap(&other.rules) && same_server(&self.url, &other.url)
             }
             // GitHub gives a job to one scale set: two pools meet where both want to be the same one.
             (Source::GitHub { config, .. }, Source::GitHub { config: others, .. }) => {
-                same_server(&self.url, &other.url) && config.scale_set.eq_ignore_ascii_case(&others.scale_set)
+                config.scale_set.eq_ignore_ascii_case(&others.scale_set) && same_server(&self.url, &other.url)
             }
             // Whoever is faster gets the job, be it a scale set.
             (one, other_source) => match (one.github_url(), other_source.github_url()) {
@@ -364,6 +393,8 @@ fn duration(field: &str, text: &str) -> Result<SignedDuration, String> {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use serde_json::{Value, json};
+
     use super::*;
 
     pub(crate) fn runner_pool(spec: &str) -> RunnerPool {
@@ -382,6 +413,31 @@ pub(super) mod tests {
     fn github(url: &str, credential: &str, scale_set: &str) -> String {
         let comma = if credential.is_empty() { "" } else { "," };
         format!(r#"{{"forge":{{"github":{{"url":"{url}"{comma}{credential},"scaleSet":{scale_set}}}}}}}"#)
+    }
+
+    #[test]
+    fn a_pool_is_read_once_in_each_generation() {
+        let of = |change: fn(&mut Value)| {
+            let mut pool = serde_json::to_value(runner_pool(&format!(r#"{{"forge":{{"gitea":{GITEA}}}}}"#))).expect("JSON");
+            change(&mut pool);
+            Arc::new(serde_json::from_value::<DeserializeGuard<RunnerPool>>(pool).expect("a pool"))
+        };
+        let validated = Validated::default();
+        let read = |change| validated.of(&[of(change)]).pop();
+        let (first, again) = (read(|_| {}).expect("valid"), read(|pool| pool["status"] = json!({"queued": 1})).expect("valid"));
+        assert!(Arc::ptr_eq(&first, &again));
+        let changed = read(|pool| {
+            pool["metadata"]["generation"] = json!(2);
+            pool["spec"]["scale"] = json!({"max": 77});
+        });
+        assert_eq!((first.spec.scale.max == 77, changed.expect("valid").spec.scale.max), (false, 77));
+        let unsound = read(|pool| {
+            pool["metadata"]["uid"] = json!("u-2");
+            pool["spec"]["scale"] = json!({"max": 0});
+        });
+        assert!(unsound.is_none());
+        assert!(read(|pool| pool["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z")).is_none(), "it goes");
+        assert!(read(|pool| pool["spec"] = json!(7)).is_none(), "it cannot be read");
     }
 
     #[test]

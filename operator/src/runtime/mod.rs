@@ -32,7 +32,7 @@ use crate::forge::http_client;
 use crate::isolation::{Controls, Names, no_forge_at};
 use crate::issuer::Issuer;
 use crate::kube_io::{KubeIo, connect};
-use crate::pool::{self, Context, Deaf, Pools};
+use crate::pool::{self, Context, Deaf, Pools, Validated};
 use crate::runner::tls::{self, GateTls};
 use crate::runner::{handoff, sessions};
 
@@ -99,6 +99,7 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
         controls: Controls::default(),
         issuer: issuer.clone(),
         names: Names::default(),
+        validated: Validated::default(),
         tasks: TaskTracker::new(),
         audit,
         settings,

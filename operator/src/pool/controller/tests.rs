@@ -67,6 +67,7 @@ pub(crate) fn context(server: &Server, pods: &[Pod]) -> Arc<Context> {
         controls: Controls::default(),
         issuer: None,
         names: Names::default(),
+        validated: Validated::default(),
         tasks: TaskTracker::new(),
         audit: Audit::new(Memory::default()),
     })

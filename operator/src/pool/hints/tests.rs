@@ -12,7 +12,7 @@ use sha2::Sha256;
 use super::super::context;
 use super::super::controller::Guarded;
 use super::super::registry::Link;
-use super::super::validate::Source;
+use super::super::validate::{Source, validate};
 use super::*;
 use crate::forge::github::{Credential, JustInTime};
 use crate::forge::{Secret, http_client};
