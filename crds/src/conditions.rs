@@ -30,6 +30,10 @@ pub const JOB_IDENTITY: &str = "JobIdentity";
 /// The binding's issuer is one of those in the operator's configuration.
 pub const ISSUER_TRUSTED: &str = "IssuerTrusted";
 
+/// Tokens of the binding's issuer say which job of their run they are of, so that no other job can use them. Absent where the issuer is
+/// not trusted.
+pub const JOB_BOUND: &str = "JobBound";
+
 /// The key that the binding's credentials are signed with is where nobody can copy it.
 pub const KEY_PROTECTED: &str = "KeyProtected";
 
@@ -79,6 +83,8 @@ pub mod reasons {
     pub const ENGINE_CANNOT: &str = "EngineCannot";
     /// The issuer is not in the operator's configuration.
     pub const ISSUER_NOT_TRUSTED: &str = "IssuerNotTrusted";
+    /// The issuer's tokens say nothing that only one job of a run has.
+    pub const NO_JOB_CLAIM: &str = "NoJobClaim";
     /// The broker can sign for no GitHub App of that client ID.
     pub const APP_NOT_CONFIGURED: &str = "AppNotConfigured";
     /// A private key is kept in a Secret.

@@ -403,7 +403,7 @@ pub struct CredentialBindingStatus {
     /// Whom a job becomes by the binding: a role, a service account, an application.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity: Option<String>,
-    /// `Ready` and `IssuerTrusted`; for a GitHub App `KeyProtected` as well.
+    /// `Ready`, and `IssuerTrusted`; `JobBound` where it is; for a GitHub App `KeyProtected` as well.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,

@@ -174,7 +174,7 @@ END
     stage.strike().await
 }
 
-/// AWS's answers, as moto gives them: a session of the role, which is named by run, attempt and job.
+/// AWS's answers, as moto gives them: a session of the role, which is named by run, attempt and job; also when a run is run again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_session_of_aws_is_named_by_its_job() -> Result<()> {
     let _turn = turn().await;
@@ -198,11 +198,15 @@ aws configure list | awk '$1 == "access_key" {print "aws: " $3}'"#;
     for line in ["found by: container-role eu-central-1 ASIA 40 True", "lives as long as was ordered", "aws: container-role"] {
         ensure!(said(&log, line), "{line:?} is not in the log:\n{log}");
     }
-    let check = stage.organization.simulator.jobs(run).await?.first().context("a job")?.id;
-    let role = format!("arn:aws:sts::123456789012:assumed-role/deploy/mayfly-{run}-1-{check}");
+    // Another attempt at the same run is another job, with a pod and a session of its own.
+    stage.organization.simulator.rerun(run).await?;
+    let jobs = stage.organization.simulator.finished(run, PATIENCE).await?;
+    let [first, second] = &jobs[..] else { anyhow::bail!("two attempts at one job: {jobs:?}") };
+    ensure!(second.conclusion.as_deref() == Some("success") && first.runner != second.runner, "{second:?}");
     let records = audit::records(&stage.world, "broker", &stage.namespace).await?;
-    let [record] = &records[..] else { anyhow::bail!("one exchange serves the whole job: {records:?}") };
-    ensure!(record["payload"]["credential"]["about"]["assumedRole"] == json!(role), "{role}: {record}");
+    let roles: Vec<&Value> = records.iter().map(|record| &record["payload"]["credential"]["about"]["assumedRole"]).collect();
+    let role = |attempt: u32, check: i64| format!("arn:aws:sts::123456789012:assumed-role/deploy/mayfly-{run}-{attempt}-{check}");
+    ensure!(roles == [&json!(role(1, first.id)), &json!(role(2, second.id))], "one exchange serves a whole job: {roles:?}");
     stage.strike().await
 }
 

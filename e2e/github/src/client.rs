@@ -155,6 +155,14 @@ impl Simulator {
         Ok(serde_json::from_value(made["runs"].clone())?)
     }
 
+    /// Has all jobs of a run that is over run again.
+    ///
+    /// # Errors
+    /// As of [`Simulator::call`].
+    pub async fn rerun(&self, run: i64) -> Result<()> {
+        self.post(&format!("runs/{run}/rerun"), &json!({})).await.map(drop)
+    }
+
     /// Queues jobs without a workflow file; answers their run.
     ///
     /// # Errors

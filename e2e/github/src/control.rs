@@ -261,6 +261,13 @@ fn dispatch(world: &mut World, ask: &Ask, path: &[&str]) -> Answer {
                 Err(nothing())
             }
         }
+        ("POST", ["runs", id, "rerun"]) => {
+            if world.rerun(number(id)?, false) {
+                Ok(json!({}))
+            } else {
+                Err(nothing())
+            }
+        }
         (_, ["scale-sets", ..]) => scale_sets(world, ask, path),
         ("GET", ["runners"]) => {
             let runners: Vec<Value> = world

@@ -93,7 +93,26 @@ impl World {
         Ok(id)
     }
 
+    /// docs.github.com, REST, "Re-run a workflow" and "Re-run failed jobs from a workflow run": another attempt at a run that is over. False
+    /// where it is not.
+    pub(crate) fn rerun(&mut self, id: i64, failed: bool) -> bool {
+        let Some(run) = self.runs.get_mut(&id) else { return false };
+        let of = |id: &i64| self.jobs.get(id);
+        if run.jobs.iter().filter_map(of).any(|job| job.state != State::Completed) {
+            return false;
+        }
+        let again = |job: &&Job| !failed || job.conclusion.as_deref() != Some("success");
+        let again: Vec<(i64, JobPlan)> = run.jobs.iter().filter_map(of).filter(again).map(|job| (job.id, job.plan.clone())).collect();
+        run.attempt += 1;
+        run.cancelled = false;
+        run.jobs.retain(|id| again.iter().all(|(other, _)| other != id));
+        self.add_jobs(id, again.into_iter().map(|(_, plan)| plan).collect());
+        self.schedule();
+        true
+    }
+
     fn add_jobs(&mut self, run: i64, plans: Vec<JobPlan>) {
+        let attempt = self.runs.get(&run).map_or(1, |run| run.attempt);
         for plan in plans {
             let id = self.number() + 50_000_000_000;
             let request = self.number();
@@ -101,6 +120,7 @@ impl World {
             let job = Job {
                 id,
                 run,
+                attempt,
                 uuid: uuid(),
                 plan_id: uuid(),
                 request,

@@ -425,6 +425,8 @@ pub struct Job {
     pub id: i64,
     /// Its run.
     pub run: i64,
+    /// Which attempt at the run it is of.
+    pub attempt: i64,
     /// The UUID that runner and Actions service use.
     pub uuid: String,
     /// The UUID of its plan.

@@ -173,6 +173,13 @@ fn dispatch(world: &mut World, ask: &Ask, path: &[&str]) -> Answer {
             world.cancel_run(run);
             Ok(Reply::json(202, &json!({})))
         }
+        ("POST", ["actions", "runs", run, what @ ("rerun" | "rerun-failed-jobs")]) => {
+            let run = of_repository(world, &level, run)?;
+            match world.rerun(run, *what == "rerun-failed-jobs") {
+                true => Ok(Reply::json(201, &json!({}))),
+                false => Err(error(403, "This workflow is already running")),
+            }
+        }
         ("GET", ["actions", "jobs", job]) => {
             let job = job.parse().ok().and_then(|id: i64| world.jobs.get(&id)).ok_or_else(not_found)?;
             of_repository(world, &level, &job.run.to_string())?;
@@ -523,7 +530,7 @@ fn job_json(world: &World, job: &Job) -> Option<Value> {
         (None, _) => None,
     };
     Some(json!({
-        "id": job.id, "run_id": job.run, "run_url": format!("{url}/actions/runs/{}", job.run), "run_attempt": run.attempt,
+        "id": job.id, "run_id": job.run, "run_url": format!("{url}/actions/runs/{}", job.run), "run_attempt": job.attempt,
         "node_id": format!("CR_{}", job.id), "head_sha": run.event.sha, "head_branch": head_branch(&run.event),
         "url": format!("{url}/actions/jobs/{}", job.id), "html_url": format!("{}/{}/actions/runs/{}/job/{}", world.url, of.full_name(), job.run, job.id),
         "status": job.status(), "conclusion": job.conclusion, "created_at": time(job.queued.or(Some(run.created))),

@@ -16,7 +16,7 @@ pub(crate) struct BrokerArgs {
     /// Name of this process towards the API server, for example the pod's.
     #[arg(long, env = "MAYFLY_INSTANCE")]
     instance: Option<String>,
-    /// YAML file with the issuers whose tokens are believed: a list of {issuer, algorithms, maxAgeSeconds, certificateAuthorityFile}.
+    /// YAML file with the issuers whose tokens are believed: a list of {issuer, algorithms, maxAgeSeconds, perJobClaim, certificateAuthorityFile}.
     #[arg(long, env = "MAYFLY_ISSUERS_FILE")]
     issuers_file: PathBuf,
     /// YAML file with the GitHub Apps that can be signed for: a list of {clientId, apiUrl} and either {keyFile} or {vaultTransit: {address,

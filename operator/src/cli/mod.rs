@@ -310,7 +310,7 @@ impl ControllerArgs {
         let admission_name = format!("{}.{}.svc", self.admission_service, self.namespace);
         let broker_knows = match &self.issuers_file {
             Some(path) => Some(Configured {
-                issuers: read_issuers(path)?.into_iter().map(|issuer| issuer.issuer).collect(),
+                issuers: read_issuers(path)?,
                 apps: read_github_apps(self.github_apps_file.as_deref())?,
             }),
             None => None,

@@ -229,6 +229,7 @@ impl Broker {
             lifetime: asked.lifetime,
             scope: asked.scope.as_deref(),
             itself: asked.itself,
+            per_job_claim: self.issuers.have_per_job_claim(&claims.issuer),
             started: self.started,
             alone: self.alone,
             now,

@@ -125,6 +125,8 @@ pub(crate) struct Question<'a> {
     pub(crate) scope: Option<&'a str>,
     /// The caller wants the token itself.
     pub(crate) itself: bool,
+    /// The issuer's tokens say which job of their run they are of.
+    pub(crate) per_job_claim: bool,
     /// When this process began to remember spent tokens.
     pub(crate) started: i64,
     /// No other process gives out credentials: what is remembered here is all there is.
@@ -156,7 +158,15 @@ pub(crate) struct Grant {
 /// Decides, and spends the token where the answer is yes.
 pub(crate) fn decide(question: &Question<'_>, replay: &mut Replay) -> Result<Grant, Denial> {
     let (pod, pool) = living_pod(question.presenter, question.pod)?;
-    let job = job_claims(pod)?;
+    let mut job = job_claims(pod)?;
+    if question.token.get(PER_JOB).is_none() && job.contains_key(PER_JOB) {
+        if question.per_job_claim {
+            let reason =
+                "the token does not say which job of its run it is of (check_run_id); an issuer whose tokens never do is configured so";
+            return Err(Denial::new(Check::Job, Public::InvalidTarget, reason));
+        }
+        job.remove(PER_JOB);
+    }
     same_job(question.token, &job)?;
     let binding = sound_binding(question.binding, pool)?;
     for_this_binding(question.token, binding)?;

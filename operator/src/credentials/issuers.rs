@@ -37,6 +37,9 @@ pub(crate) struct IssuerConfig {
     /// Longest life of its tokens.
     #[serde(default = "default_age")]
     pub(crate) max_age_seconds: i64,
+    /// Its tokens have the claim `check_run_id`. Those of a GitHub Enterprise Server may not.
+    #[serde(default = "yes")]
+    pub(crate) per_job_claim: bool,
     /// PEM file of certificate authorities, for an issuer with a private one.
     #[serde(default)]
     pub(crate) certificate_authority_file: Option<std::path::PathBuf>,
@@ -44,6 +47,10 @@ pub(crate) struct IssuerConfig {
 
 fn default_algorithms() -> Vec<Algorithm> {
     vec![Algorithm::Rs256]
+}
+
+fn yes() -> bool {
+    true
 }
 
 fn default_age() -> i64 {
@@ -125,6 +132,11 @@ impl Issuers {
         Self(issuers.into_iter().map(|issuer| (issuer.name.clone(), Arc::new(issuer))).collect())
     }
 
+    /// Whether the tokens of this issuer say which job of their run they are of.
+    pub(crate) fn have_per_job_claim(&self, issuer: &str) -> bool {
+        self.0.get(issuer).is_none_or(|issuer| issuer.per_job_claim)
+    }
+
     /// Verifies a token. Nothing is asked of anybody before the token is well-formed, of a trusted issuer and of a pinned algorithm.
     pub(crate) async fn verify(&self, token: &str, now: i64) -> Result<Claims, VerifyError> {
         let token = Unverified::parse(token)?;
@@ -151,6 +163,7 @@ struct Known {
 pub(crate) struct Issuer {
     name: String,
     profile: Profile,
+    per_job_claim: bool,
     http: Http,
     rhythm: Rhythm,
     known: Mutex<Known>,
@@ -162,7 +175,8 @@ impl Issuer {
     /// Nothing is fetched yet.
     pub(crate) fn new(config: &IssuerConfig, http: Http, rhythm: Rhythm) -> Self {
         let profile = Profile { algorithms: config.algorithms.clone(), max_age: config.max_age_seconds };
-        Self { name: config.issuer.clone(), profile, http, rhythm, known: Mutex::default(), fetching: tokio::sync::Mutex::new(()) }
+        let (name, per_job_claim) = (config.issuer.clone(), config.per_job_claim);
+        Self { name, profile, per_job_claim, http, rhythm, known: Mutex::default(), fetching: tokio::sync::Mutex::new(()) }
     }
 
     async fn key(&self, kid: &str) -> Result<Key, VerifyError> {

@@ -1,17 +1,18 @@
 //! What a binding tells of itself: whether it can be used at all. What became of exchanges is told by the broker's records.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use mayfly_crds::conditions::{self, ISSUER_TRUSTED, KEY_PROTECTED, READY, Verdict, reasons};
+use mayfly_crds::conditions::{self, ISSUER_TRUSTED, JOB_BOUND, KEY_PROTECTED, READY, Verdict, reasons};
 use mayfly_crds::{Chosen, CredentialBinding, CredentialBindingStatus};
 
 use super::broker::Guarded;
+use super::issuers::IssuerConfig;
 use super::providers::AppConfig;
 
 /// What the broker was told, of which bindings tell.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Configured {
     /// Issuers that it trusts.
-    pub(crate) issuers: Vec<String>,
+    pub(crate) issuers: Vec<IssuerConfig>,
     /// GitHub Apps that it can sign for.
     pub(crate) apps: Vec<AppConfig>,
 }
@@ -36,15 +37,26 @@ pub(crate) fn status(binding: &Guarded<CredentialBinding>, known: &Configured, n
 fn verdicts(binding: &CredentialBinding, known: &Configured) -> Vec<Verdict> {
     let (trusted, apps) = (&known.issuers, &known.apps);
     let issuer = &binding.spec.token.issuer;
-    let is_trusted = trusted.contains(issuer);
+    let known = trusted.iter().find(|known| known.issuer == *issuer);
+    let is_trusted = known.is_some();
     let untrusted = || {
-        let names = trusted.join(", ");
+        let names: Vec<&str> = trusted.iter().map(|known| known.issuer.as_str()).collect();
+        let names = names.join(", ");
         format!("{issuer} is not among the issuers that this cluster trusts ({names}): whoever installs Mayfly sets broker.issuers")
     };
     let trust = match is_trusted {
         true => Verdict::yes(ISSUER_TRUSTED, reasons::OK, "the issuer is in the operator's configuration"),
         false => Verdict::no(ISSUER_TRUSTED, reasons::ISSUER_NOT_TRUSTED, untrusted()),
     };
+    let bound = known.map(|known| match known.per_job_claim {
+        true => Verdict::yes(JOB_BOUND, reasons::OK, "the issuer's tokens say which job of their run they are of"),
+        false => Verdict::no(
+            JOB_BOUND,
+            reasons::NO_JOB_CLAIM,
+            "the issuer's tokens do not say which job of their run they are of: each is good for the pod that shows it first, and for none \
+             where the broker has more than one replica",
+        ),
+    });
     let app = match binding.spec.provider.chosen() {
         Some(Chosen::GithubApp(app)) => Some((app, apps.iter().find(|known| known.client_id == app.client_id))),
         _ => None,
@@ -69,7 +81,7 @@ fn verdicts(binding: &CredentialBinding, known: &Configured) -> Vec<Verdict> {
             "the App's private key, which outlives every job, is in a Secret of the operator's namespace: Vault's transit engine could keep it",
         ),
     });
-    [ready, trust].into_iter().chain(key).collect()
+    [ready, trust].into_iter().chain(bound).chain(key).collect()
 }
 
 #[cfg(test)]
@@ -96,7 +108,8 @@ mod tests {
     }
 
     fn known(apps: &str) -> Configured {
-        Configured { issuers: vec!["https://issuer.example".to_owned()], apps: AppConfig::read_all(apps).expect("apps") }
+        let issuers = "- issuer: https://issuer.example\n- {issuer: https://ghes.example/_services/token, perJobClaim: false}\n";
+        Configured { issuers: IssuerConfig::read_all(issuers).expect("issuers"), apps: AppConfig::read_all(apps).expect("apps") }
     }
 
     fn told(binding: &Guarded<CredentialBinding>) -> Vec<String> {
@@ -112,11 +125,14 @@ mod tests {
 
     #[test]
     fn a_binding_tells_whether_it_can_be_used() {
-        assert_eq!(told(&binding(|_| {})), ["IssuerTrusted True AsExpected", "Ready True AsExpected"]);
+        let [trusted, bound, ready] = ["IssuerTrusted True AsExpected", "JobBound True AsExpected", "Ready True AsExpected"];
+        assert_eq!(told(&binding(|_| {})), [trusted, bound, ready]);
+        let server = binding(|binding| binding["spec"]["token"]["issuer"] = json!("https://ghes.example/_services/token"));
+        assert_eq!(told(&server), [trusted, "JobBound False NoJobClaim", ready]);
         let foreign = binding(|binding| binding["spec"]["token"]["issuer"] = json!("https://issuer.example/"));
         assert_eq!(told(&foreign), ["IssuerTrusted False IssuerNotTrusted", "Ready False IssuerNotTrusted"]);
         let unsound = binding(|binding| binding["spec"]["subject"]["claims"] = json!({}));
-        assert_eq!(told(&unsound), ["IssuerTrusted True AsExpected", "Ready False InvalidSpec"]);
+        assert_eq!(told(&unsound), [trusted, bound, "Ready False InvalidSpec"]);
         assert_eq!(told(&binding(|binding| binding["spec"]["pools"] = json!(7))), ["Ready False InvalidSpec"]);
     }
 
@@ -128,12 +144,12 @@ mod tests {
             binding["spec"]["provider"] = provider.clone();
             binding["spec"]["lifetimeSeconds"] = json!(3600);
         });
-        let trusted = "IssuerTrusted True AsExpected";
-        assert_eq!(told(&binding), [trusted, "Ready False AppNotConfigured"]);
+        let [trusted, bound] = ["IssuerTrusted True AsExpected", "JobBound True AsExpected"];
+        assert_eq!(told(&binding), [trusted, bound, "Ready False AppNotConfigured"]);
         let with = |key: &str| told_knowing(&format!("- {{clientId: Iv1.a, {key}}}"), &binding);
-        assert_eq!(with("keyFile: /k"), [trusted, "KeyProtected False KeyInSecret", "Ready True AsExpected"]);
+        assert_eq!(with("keyFile: /k"), [trusted, bound, "KeyProtected False KeyInSecret", "Ready True AsExpected"]);
         let transit = "vaultTransit: {address: https://vault.example, key: app, tokenFile: /t}";
-        assert_eq!(with(transit), [trusted, "KeyProtected True AsExpected", "Ready True AsExpected"]);
+        assert_eq!(with(transit), [trusted, bound, "KeyProtected True AsExpected", "Ready True AsExpected"]);
     }
 
     #[test]

@@ -18,6 +18,7 @@ struct Stage {
     lifetime: Option<u32>,
     scope: Option<String>,
     itself: bool,
+    per_job_claim: bool,
     started: i64,
     alone: bool,
     now: i64,
@@ -83,6 +84,7 @@ fn stage() -> Stage {
         lifetime: None,
         scope: None,
         itself: false,
+        per_job_claim: true,
         started: NOW - 3600,
         alone: false,
         now: NOW,
@@ -99,6 +101,7 @@ impl Stage {
             lifetime: self.lifetime,
             scope: self.scope.as_deref(),
             itself: self.itself,
+            per_job_claim: self.per_job_claim,
             started: self.started,
             alone: self.alone,
             now: self.now,
@@ -234,6 +237,32 @@ fn without_a_claim_of_the_job_alone_the_memory_has_to_be_all_there_is() {
     one.job(|job| drop(job.as_object_mut().map(|job| job.remove("check_run_id"))));
     (one.alone, one.started) = (true, one.claims.issued - LEEWAY);
     assert!(!one.alone().expect("granted").per_job);
+}
+
+#[test]
+fn a_token_without_its_job_is_taken_of_an_issuer_whose_tokens_never_have_it_and_once() {
+    let mut one = stage();
+    one.claims.all.remove("check_run_id");
+    let denial = one.alone().expect_err("the issuer's tokens say which job they are of");
+    assert_eq!((denial.check, denial.alarm), (Check::Job, false));
+    one.per_job_claim = false;
+    assert_eq!(one.alone().expect_err("there may be another broker").check, Check::Replay);
+    (one.alone, one.started) = (true, one.claims.issued - LEEWAY);
+    let mut replay = Replay::new(100);
+    assert!(!one.ask(&mut replay).expect("granted").per_job);
+    // Another job of the same run: nothing but having been first tells the two apart.
+    let mut other = stage();
+    (other.claims, other.alone, other.started, other.per_job_claim) = (one.claims.clone(), true, one.started, false);
+    other.presenter = ("ci".to_owned(), "linux-2".to_owned(), "uid-2".to_owned());
+    (other.pod().name, other.pod().uid) = ("linux-2".to_owned(), "uid-2".to_owned());
+    other.job(|job| job["check_run_id"] = json!("32"));
+    let denial = other.ask(&mut replay).expect_err("it is spent");
+    assert_eq!((denial.check, denial.alarm), (Check::Replay, true));
+    // One that says which job it is of is held to it all the same.
+    let mut named = stage();
+    (named.per_job_claim, named.alone, named.started) = (false, true, one.started);
+    named.job(|job| job["check_run_id"] = json!("32"));
+    assert_eq!(named.alone().expect_err("another job's").check, Check::Job);
 }
 
 #[test]

@@ -20,7 +20,13 @@ const QUICK: Rhythm = Rhythm {
 };
 
 fn config(issuer: &str) -> IssuerConfig {
-    IssuerConfig { issuer: issuer.to_owned(), algorithms: default_algorithms(), max_age_seconds: 900, certificate_authority_file: None }
+    IssuerConfig {
+        issuer: issuer.to_owned(),
+        algorithms: default_algorithms(),
+        max_age_seconds: 900,
+        per_job_claim: true,
+        certificate_authority_file: None,
+    }
 }
 
 fn http() -> Http {
