@@ -309,10 +309,7 @@ impl ControllerArgs {
         let host = format!("{}.{}.svc", self.gate_service, self.namespace);
         let admission_name = format!("{}.{}.svc", self.admission_service, self.namespace);
         let broker_knows = match &self.issuers_file {
-            Some(path) => Some(Configured {
-                issuers: read_issuers(path)?,
-                apps: read_github_apps(self.github_apps_file.as_deref())?,
-            }),
+            Some(path) => Some(Configured { issuers: read_issuers(path)?, apps: read_github_apps(self.github_apps_file.as_deref())? }),
             None => None,
         };
         let account = |name: &str| format!("system:serviceaccount:{}:{name}", self.namespace);

@@ -159,15 +159,13 @@ pub(crate) struct Grant {
 pub(crate) fn decide(question: &Question<'_>, replay: &mut Replay) -> Result<Grant, Denial> {
     let (pod, pool) = living_pod(question.presenter, question.pod)?;
     let mut job = job_claims(pod)?;
-    if question.token.get(PER_JOB).is_none() && job.contains_key(PER_JOB) {
-        if question.per_job_claim {
-            let reason =
-                "the token does not say which job of its run it is of (check_run_id); an issuer whose tokens never do is configured so";
-            return Err(Denial::new(Check::Job, Public::InvalidTarget, reason));
-        }
-        job.remove(PER_JOB);
-    }
+    let unsaid = question.token.get(PER_JOB).is_none() && job.remove(PER_JOB).is_some();
     same_job(question.token, &job)?;
+    if unsaid && question.per_job_claim {
+        let reason =
+            "the token does not say which job of its run it is of (check_run_id); an issuer whose tokens never do is configured so";
+        return Err(Denial::new(Check::Job, Public::InvalidTarget, reason));
+    }
     let binding = sound_binding(question.binding, pool)?;
     for_this_binding(question.token, binding)?;
     if let Some(claim) = mismatch(&binding.spec, question.token) {

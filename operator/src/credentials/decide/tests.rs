@@ -140,7 +140,7 @@ type Row = (Check, Public, bool, &'static str, fn(&mut Stage));
 fn every_way_to_no() {
     use Check::{Audience, Binding, Claims, Job, Pod, Replay};
     use Public::{InvalidClient, InvalidTarget, TemporarilyUnavailable};
-    let rows: [Row; 34] = [
+    let rows: [Row; 35] = [
         (Pod, InvalidClient, false, "no pod", |s| s.pod = None),
         (Pod, InvalidClient, false, "recreated under the same name", |s| s.pod().uid = "uid-2".to_owned()),
         (Pod, InvalidClient, false, "no UID at all", |s| (s.pod().uid, s.presenter.2) = (String::new(), String::new())),
@@ -163,7 +163,8 @@ fn every_way_to_no() {
         (Job, InvalidTarget, true, "another attempt", |s| s.job(|j| j["run_attempt"] = json!("2"))),
         (Job, InvalidTarget, true, "another job of the run", |s| s.job(|j| j["check_run_id"] = json!("32"))),
         (Job, InvalidTarget, true, "a repository that was made anew", |s| s.job(|j| j["repository_id"] = json!("43"))),
-        (Job, InvalidTarget, true, "a claim the token lacks", |s| drop(s.claims.all.remove("check_run_id"))),
+        (Job, InvalidTarget, true, "a claim the token lacks", |s| drop(s.claims.all.remove("event_name"))),
+        (Job, InvalidTarget, false, "which job of its run, the token does not say", |s| drop(s.claims.all.remove("check_run_id"))),
         (Job, InvalidTarget, true, "a hosted runner's token", |s| {
             drop(s.claims.all.insert("runner_environment".to_owned(), "github-hosted".to_owned()));
         }),
