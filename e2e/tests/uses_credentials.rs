@@ -148,7 +148,7 @@ async fn a_token_is_worth_nothing_outside_of_its_pod() -> Result<()> {
     let steal = format!(
         r#"cd /run/mayfly
 echo {loot} | base64 -d >~/loot
-cat ~/loot >identity
+dd if=~/loot of=identity bs=64k conv=nocreat,notrunc status=none
 until [ -p credentials ]; do sleep 0.1; done
 while read -r line; do echo "gate: $line"; done <credentials
 python3 - <<'END'

@@ -1,18 +1,20 @@
 //! Sees the runner's program end: its entry point opens a named pipe that stays open for as long as any program of its container runs.
 //! The kubelet looks once a second, and a forge's webhook takes its time.
 
-use std::fs::{self, File};
-use std::io;
+use std::fs;
 use std::path::{Path, PathBuf};
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::Mode;
+use rustix::io::retry_on_intr;
 
 use crate::pipe;
 
 /// The pipe's name, beside the registration.
 const RUNNING: &str = "running";
 
-/// A pipe that the runner is to hold open.
+/// A pipe that the runner is to hold open, for reading: a shell that opens one for writing would make it if it were not there, which
+/// Linux refuses in a folder like this (`fs.protected_fifos`, which systemd sets) where the pipe is somebody else's.
 pub(crate) struct Running(PathBuf);
 
 impl Running {
@@ -22,20 +24,21 @@ impl Running {
     /// When this container was started before.
     pub(crate) fn open(folder: &Path) -> Result<Self, String> {
         let pipe = folder.join(RUNNING);
-        pipe::make(&pipe, Mode::RUSR | Mode::WGRP)?;
+        pipe::make(&pipe, Mode::WUSR | Mode::RGRP)?;
         Ok(Self(pipe))
     }
 
-    /// Returns when nobody holds it any more; never, where an entry point of somebody's own does not open it. What is written into it
-    /// means nothing.
+    /// Returns when nobody holds it any more; never, where an entry point of somebody's own does not open it. Nothing is written into it.
     ///
     /// # Errors
     /// When the pipe vanished.
     pub(crate) fn wait(self) -> Result<(), String> {
-        let held = File::open(&self.0).and_then(|mut pipe| {
-            // Whoever opened it keeps it; there is nothing to find for the job.
-            fs::remove_file(&self.0)?;
-            io::copy(&mut pipe, &mut io::sink())
+        let pipe = pipe::open(&self.0)?;
+        // Whoever opened it keeps it; there is nothing to find for the job.
+        let held = fs::remove_file(&self.0).and_then(|()| {
+            // What is always told of a pipe without readers: an error.
+            let mut held = [PollFd::new(&pipe, PollFlags::empty())];
+            Ok(retry_on_intr(|| poll(&mut held, None))?)
         });
         held.map(drop).map_err(|error| format!("{}: {error}", self.0.display()))
     }
@@ -43,8 +46,7 @@ impl Running {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::OpenOptions;
-    use std::io::Write;
+    use std::fs::File;
     use std::process::{Command, Stdio};
     use std::sync::mpsc;
     use std::thread;
@@ -62,13 +64,11 @@ mod tests {
         let (tell, told) = mpsc::channel();
         let waiting = thread::spawn(move || tell.send(running.wait()));
         // As an entry point does: what it starts has the pipe as well.
-        let mut pipe = OpenOptions::new().write(true).open(&path).expect("the gate reads");
-        pipe.write_all(b"anything").expect("written");
-        let mut program = Command::new("cat").stdin(Stdio::piped()).stdout(pipe).spawn().expect("a program");
+        let pipe = File::open(&path).expect("the gate holds the other end");
+        let mut program = Command::new("sleep").arg("60").stdin(Stdio::from(pipe)).spawn().expect("a program");
         assert!(told.recv_timeout(Duration::from_millis(200)).is_err(), "it runs");
         assert!(!path.exists());
-        drop(program.stdin.take());
-        program.wait().expect("it ends");
+        program.kill().and_then(|()| program.wait()).expect("it ends");
         assert_eq!(told.recv_timeout(Duration::from_secs(5)), Ok(Ok(())));
         waiting.join().expect("no panic").expect("heard");
         fs::remove_dir_all(folder).expect("removed");

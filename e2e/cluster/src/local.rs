@@ -118,6 +118,7 @@ pub fn up(layout: &Layout, options: Options, progress: &Progress) -> Result<()> 
     };
     saved.write(layout)?;
     link_programs(layout, saved.engine)?;
+    protect_links(progress);
     net::create(layout)?;
     net::create_mount_namespaces(layout)?;
     cgroup::create(layout)?;
@@ -126,6 +127,20 @@ pub fn up(layout: &Layout, options: Options, progress: &Progress) -> Result<()> 
     let verb = if known.is_some() { "is up" } else { "came up" };
     progress.note(format!("cluster {} {verb} in {}", layout.name(), seconds(began.elapsed())));
     Ok(())
+}
+
+/// Kernel parameters that systemd raises on nearly every node that users have, so that programs in pods meet them here too: who may open
+/// what in folders that everybody can write to. They are the machine's, and are never lowered.
+const OF_NODES: [(&str, u8); 4] = [("protected_fifos", 1), ("protected_hardlinks", 1), ("protected_regular", 2), ("protected_symlinks", 1)];
+
+fn protect_links(progress: &Progress) {
+    for (name, wanted) in OF_NODES {
+        let path = format!("/proc/sys/fs/{name}");
+        let is = fs::read_to_string(&path).ok().and_then(|text| text.trim().parse::<u8>().ok());
+        if is.is_none_or(|is| is < wanted) && fs::write(&path, wanted.to_string()).is_err() {
+            progress.note(format!("fs.{name} cannot be set to {wanted}, as nodes have it: pods are tried with less"));
+        }
+    }
 }
 
 /// Starts what does not run, with as much side by side as the parts' needs of one another allow.

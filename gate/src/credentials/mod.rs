@@ -210,6 +210,20 @@ mod hook {
         assert_eq!(ours, tested);
     }
 
+    /// Where `fs.protected_fifos` is set, as on most nodes, and as the tests' cluster sets it.
+    #[test]
+    fn no_program_of_the_images_opens_a_pipe_as_linux_refuses() {
+        for program in [
+            include_str!("../../../images/gitea-runner/mayfly-runner"),
+            include_str!("../../../images/github-runner/entrypoint"),
+            include_str!("../../../images/github-runner/mayfly-job-started"),
+            include_str!("../../../e2e/images/github-runner-stand-in/mayfly-runner"),
+        ] {
+            let writes = program.lines().filter(|line| line.contains(">\"$folder/") || line.contains(">\"${registration%/*}/"));
+            assert_eq!(writes.collect::<Vec<_>>(), Vec::<&str>::new());
+        }
+    }
+
     #[test]
     fn the_hook_hands_over_the_identity_and_does_as_it_is_told() {
         let hook = Hook::run("told", &[IDENTITY[0], IDENTITY[1], ("AWS_REGION", "chosen-by-the-workflow")]);
