@@ -12,7 +12,7 @@ also := helm,image-gitea-runner,image-gitea-runner-with-boto3,minio
 # Tests have more of what trusts a job's token.
 test: also := $(also),clouds
 
-.PHONY: demo test bench lint generate up down status clean help
+.PHONY: demo test kind bench lint generate up down status clean help
 
 help: ## Show what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -22,6 +22,9 @@ demo: up-and-build ## A real workflow in a one-job pod, from nothing: cluster, f
 
 test: up-and-build ## Every test; JUnit results in target/junit, the last line is "N passed, N failed"
 	@hack/test.sh $(BIN)
+
+kind: $(BIN)/cluster ## The demo and the end-to-end tests on kind, with a Docker daemon of its own where none answers
+	@$(BUILD) --bins && hack/kind.sh $(BIN) $(also)
 
 bench: up-and-build ## Figures, one a line as "name value unit", and in target/bench.json
 	@$(BIN)/bench

@@ -46,11 +46,11 @@ if [ "$plain" ]; then
   MAYFLY_E2E_CLUSTER=local "$bin/cluster" --name "$second" up --engine none --also helm,image-gitea-runner,image-gitea-runner-with-boto3 >"$junit/plain-cluster.log" 2>&1 & up=$!
 fi
 
-# What only a cluster of this machine has: programs outside and on its node, the API server's log.
+# What only a cluster of this machine has: programs outside and on its node, names of the outside world, the API server's log.
 local_only="metadata_is_unreachable service_redirect_is_blocked no_leak_at_start a_stray_policy_cannot_undo host_names_open_what
   a_killed_runner_leaves_nothing the_operator_has_the_permissions the_gates_token_is_none serves_github
   keeps_records uses_clouds uses_credentials vouches_for_jobs
-  connections_that_died"
+  connections_that_died whom_pods_are_told_to_ask_for_names"
 skips=(--skip without_engine::)
 if ! "$bin/cluster" env | grep -q "MAYFLY_E2E_CLUSTER='local'"; then
   echo "== e2e: left out, as the cluster is not of this machine:" $local_only

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::Args;
 use mayfly_cluster::command::{output, run};
-use mayfly_cluster::{Cluster, ForgeAccess, World as Place, pki};
+use mayfly_cluster::{Cluster, ForgeAccess, Provider, World as Place, pki};
 use rustls::ServerConfig;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -56,7 +56,7 @@ pub async fn start(world: &World) -> Result<()> {
         built()?.join("demo").display().to_string(),
         NAME.to_owned(),
         format!("0.0.0.0:{PORT}"),
-        format!("{}:80", webhook_service(&world.cluster)?),
+        webhook_service(&world.cluster)?,
         certificate.display().to_string(),
         key.display().to_string(),
     ];
@@ -70,14 +70,22 @@ pub async fn start(world: &World) -> Result<()> {
     .await
 }
 
-/// Address of the Service that serves webhooks and the issuer's documents.
+/// Address and port, for the outside world, of the Service that serves webhooks and the issuer's documents.
 ///
 /// # Errors
 /// When it is not there.
 pub fn webhook_service(cluster: &Cluster) -> Result<String> {
-    let mut get = cluster.kubectl();
-    get.args(["-n", SYSTEM, "get", "service", "mayfly-webhooks", "-o", "jsonpath={.spec.clusterIP}"]);
-    Ok(output(&mut get)?.trim().to_owned())
+    let service = |path: &str| {
+        let path = format!("jsonpath={path}");
+        output(cluster.kubectl().args(["-n", SYSTEM, "get", "service", "mayfly-webhooks", "-o", &path]))
+    };
+    // There is a way to Services from the outside world of a local cluster, and from around kind's there is one to the node.
+    if cluster.provider() == Provider::Kind {
+        let address = "jsonpath={.items[0].status.addresses[?(@.type==\"InternalIP\")].address}";
+        let node = output(cluster.kubectl().args(["get", "nodes", "-o", address]))?;
+        return Ok(format!("{}:{}", node.trim(), service("{.spec.ports[0].nodePort}")?.trim()));
+    }
+    Ok(format!("{}:80", service("{.spec.clusterIP}")?.trim()))
 }
 
 /// The program: it runs until it is ended.

@@ -7,8 +7,9 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use mayfly_cluster::builder::{self, Selection};
 use mayfly_cluster::command::{feed, output, run};
-use mayfly_cluster::images::Recipe;
-use mayfly_cluster::{Cluster, Progress, pki};
+use mayfly_cluster::images::{Image, Recipe};
+use mayfly_cluster::layout::Layout;
+use mayfly_cluster::{Cluster, Progress, Provider, pki};
 use serde_json::json;
 
 use crate::world::{SYSTEM, built, repository};
@@ -40,17 +41,13 @@ const IMAGES: [(&str, &str, &str); 3] = [
 /// With what the program that failed said.
 pub fn install(cluster: &Cluster, progress: &Progress) -> Result<()> {
     let layout = cluster.layout();
-    let wanted: Vec<String> = RUNNER_IMAGES.iter().chain(&["helm"]).map(|name| (*name).to_owned()).collect();
-    builder::build(layout, &Selection::named(&wanted)?, progress)?;
-    for image in RUNNER_IMAGES {
-        cluster.load_image(&builder::image(layout, image, progress)?.archive)?;
+    let images = images(layout, progress)?;
+    for image in &images {
+        cluster.load_image(&image.archive)?;
     }
-    let mut tags = Vec::new();
-    for (folder, program, name) in IMAGES {
-        tags.push(image(cluster, progress, folder, program, name)?);
-    }
+    let tags: Vec<&str> = images.iter().take(IMAGES.len()).filter_map(|image| Some(image.reference.rsplit_once(':')?.1)).collect();
     let step = progress.step("operator");
-    let [operator, gate, stand_in] = tags.as_slice() else { bail!("three images were expected") };
+    let [operator, gate, stand_in] = tags[..] else { bail!("three images were expected") };
     let charts = repository().join("charts");
     helm(cluster, &["mayfly-crds".into(), charts.join("mayfly-crds").display().to_string()], &[])?;
     let (app, signer) = clouds::app_values(cluster, SIGNER)?;
@@ -73,6 +70,9 @@ pub fn install(cluster: &Cluster, progress: &Progress) -> Result<()> {
         format!("broker.caConfigMap={AUTHORITY}"),
     ];
     values.extend(app);
+    if cluster.provider() == Provider::Kind {
+        values.push("webhook.service.type=NodePort".to_owned());
+    }
     let needed = json!({"apiVersion": "v1", "kind": "List", "items": [
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": AUTHORITY, "namespace": SYSTEM}, "data": {"ca.crt": pki::authority(layout)?}},
         {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": SIGNER, "namespace": SYSTEM}, "stringData": {"token": signer}},
@@ -83,6 +83,18 @@ pub fn install(cluster: &Cluster, progress: &Progress) -> Result<()> {
         .with_context(|| format!("the operator did not get ready:\n{}", operator_log(cluster)))?;
     step.done("ready");
     Ok(())
+}
+
+/// Builds what an installation needs that comes from elsewhere, or finds it built: Helm, and all images, those of this program's
+/// neighbours first. Takes no cluster.
+///
+/// # Errors
+/// With what the program that failed said.
+pub fn images(layout: &Layout, progress: &Progress) -> Result<Vec<Image>> {
+    let wanted: Vec<String> = RUNNER_IMAGES.iter().chain(&["helm"]).map(|name| (*name).to_owned()).collect();
+    builder::build(layout, &Selection::named(&wanted)?, progress)?;
+    let own = IMAGES.iter().map(|(folder, program, name)| image(layout, progress, folder, program, name));
+    own.chain(RUNNER_IMAGES.iter().map(|name| builder::image(layout, name, progress))).collect()
 }
 
 /// The end of the operator's log.
@@ -119,12 +131,12 @@ fn helm(cluster: &Cluster, release: &[String], values: &[String]) -> Result<()> 
     run(&mut helm)
 }
 
-/// Builds one image and puts it into the node; its tag is a hash of the binary, so that an unchanged one restarts nothing.
-fn image(cluster: &Cluster, progress: &Progress, folder: &str, program: &str, name: &str) -> Result<String> {
+/// Builds one image; its tag is a hash of the binary, so that an unchanged one restarts nothing.
+fn image(layout: &Layout, progress: &Progress, folder: &str, program: &str, name: &str) -> Result<Image> {
     let binary = built()?.join(program);
     let content = fs::read(&binary).with_context(|| format!("{} is not there: `cargo build --release` makes it", binary.display()))?;
     let tag = digest(&content);
-    let context = cluster.layout().at(&format!("context/{name}"));
+    let context = layout.at(&format!("context/{name}"));
     fs::create_dir_all(&context)?;
     let copy = context.join(program);
     if fs::read(&copy).ok().as_ref() != Some(&content) {
@@ -132,9 +144,7 @@ fn image(cluster: &Cluster, progress: &Progress, folder: &str, program: &str, na
     }
     let dockerfile = repository().join(folder);
     let recipe = Recipe::new(Path::new(&dockerfile), vec![context, dockerfile.clone()], Some(&format!("{REGISTRY}/{name}:{tag}")))?;
-    let image = recipe.build(cluster.layout(), progress)?;
-    cluster.load_image(&image.archive)?;
-    Ok(tag)
+    recipe.build(layout, progress)
 }
 
 fn digest(content: &[u8]) -> String {

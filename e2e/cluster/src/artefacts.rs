@@ -179,9 +179,10 @@ pub const GO_PARTS: &[GoPart] = &[
         name: "kind",
         module: "e2e/tools/kind",
         cgo: false,
-        versioned_by: None,
+        versioned_by: Some("sigs.k8s.io/kind"),
         programs: &[GoProgram::new("kind", "sigs.k8s.io/kind")],
-        data: &[],
+        // What its node image is made of.
+        data: &["images/base/files"],
     },
 ];
 

@@ -18,13 +18,16 @@ use crate::layout::Layout;
 use crate::packages;
 use crate::progress::Progress;
 
-/// Names of our own images, with the Go part each carries.
-pub const IMAGES: &[(&str, &str)] = &[
-    ("image-pause", "pause"),
-    ("image-coredns", "coredns"),
-    ("image-gitea-runner", "gitea-runner"),
-    ("image-gitea-runner-with-boto3", "gitea-runner"),
+/// Names of our own images, with the Go parts each carries.
+pub const IMAGES: &[(&str, &[&str])] = &[
+    ("image-pause", &["pause"]),
+    ("image-coredns", &["coredns"]),
+    ("image-gitea-runner", &["gitea-runner"]),
+    ("image-gitea-runner-with-boto3", &["gitea-runner"]),
+    (KIND_NODE, &["kubernetes", "coredns", "containerd", "runc", "pause", "cilium", "kind"]),
 ];
+/// The image of a node of kind's that is built here.
+const KIND_NODE: &str = "image-kind-node";
 
 /// The pods' sandbox image.
 pub const PAUSE_IMAGE: &str = "mayfly.test/pause:dev";
@@ -34,6 +37,7 @@ pub const COREDNS_IMAGE: &str = "mayfly.test/coredns:dev";
 pub const RUNNER_IMAGE: &str = "mayfly.test/gitea-runner:dev";
 /// The same with AWS's SDK for Python.
 pub const RUNNER_WITH_BOTO3_IMAGE: &str = "mayfly.test/gitea-runner-with-boto3:dev";
+const KIND_NODE_IMAGE: &str = "mayfly.test/kind-node:dev";
 
 /// What to build.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,7 +46,7 @@ pub struct Selection(BTreeSet<&'static str>);
 impl Selection {
     /// Everything that this machine can use: kind only where it is asked for by name.
     pub fn all() -> Self {
-        Self(all_names().filter(|name| *name != "kind").collect())
+        Self(all_names().filter(|name| !["kind", KIND_NODE].contains(name)).collect())
     }
 
     /// What a cluster needs to start.
@@ -58,10 +62,13 @@ impl Selection {
         Self(names)
     }
 
-    /// What a cluster of kind's needs.
-    pub fn for_kind(forge: bool) -> Self {
+    /// What a cluster of kind's needs, and the image of its node where no registry is asked for it.
+    pub fn for_kind(forge: bool, node: bool) -> Self {
         let mut names: BTreeSet<&str> = ["kind", "kubernetes"].into();
         names.extend(forge.then_some("gitea"));
+        if node {
+            names.extend(parts_of(KIND_NODE).iter().chain(&["packages", KIND_NODE]));
+        }
         Self(names)
     }
 
@@ -81,9 +88,7 @@ impl Selection {
                 bail!("there is no part {name:?}; there are: {}", all_names().collect::<Vec<_>>().join(", "));
             };
             chosen.insert(known);
-            if let Some((_, part)) = IMAGES.iter().find(|(image, _)| *image == known) {
-                chosen.insert(part);
-            }
+            chosen.extend(parts_of(known));
             if ["runc", "gitea"].contains(&known) || takes_packages(known) {
                 chosen.insert("packages");
             }
@@ -143,28 +148,42 @@ pub fn part_folder(layout: &Layout, name: &str) -> Result<PathBuf> {
     Ok(folder)
 }
 
+/// The Go parts that an image carries.
+fn parts_of(name: &str) -> &'static [&'static str] {
+    IMAGES.iter().find(|(image, _)| *image == name).map_or(&[], |(_, parts)| parts)
+}
+
+/// The image of a node of kind's, made from Debian's packages and Go modules, with Cilium as its network.
+pub fn kind_node(layout: &Layout, progress: &Progress) -> Result<Image> {
+    image(layout, KIND_NODE, progress)
+}
+
 /// A built image of ours.
 pub fn image(layout: &Layout, name: &str, progress: &Progress) -> Result<Image> {
     image_recipe(layout, name)?.build(layout, progress)
 }
 
 fn image_recipe(layout: &Layout, name: &str) -> Result<Recipe> {
-    let (source, tag, part) = match name {
-        "image-pause" => ("e2e/images/pause", PAUSE_IMAGE, "pause"),
-        "image-coredns" => ("e2e/images/coredns", COREDNS_IMAGE, "coredns"),
-        "image-gitea-runner" => ("images/gitea-runner", RUNNER_IMAGE, "gitea-runner"),
-        "image-gitea-runner-with-boto3" => ("e2e/images/gitea-runner-with-boto3", RUNNER_WITH_BOTO3_IMAGE, "gitea-runner"),
+    let (source, tag) = match name {
+        "image-pause" => ("e2e/images/pause", PAUSE_IMAGE),
+        "image-coredns" => ("e2e/images/coredns", COREDNS_IMAGE),
+        "image-gitea-runner" => ("images/gitea-runner", RUNNER_IMAGE),
+        "image-gitea-runner-with-boto3" => ("e2e/images/gitea-runner-with-boto3", RUNNER_WITH_BOTO3_IMAGE),
+        KIND_NODE => ("e2e/images/kind-node", KIND_NODE_IMAGE),
         _ => bail!("there is no image {name:?}"),
     };
     let source = layout.repo().join(source);
     // What one Gitea runner's image has of its own is what the other has as well.
-    let contexts = vec![source.clone(), layout.repo().join("images/gitea-runner"), part_folder(layout, part)?];
+    let mut contexts = vec![source.clone(), layout.repo().join("images/gitea-runner")];
+    for part in parts_of(name) {
+        contexts.push(part_folder(layout, part)?);
+    }
     Recipe::new(&source, contexts, Some(tag))
 }
 
 /// Whether an image is made from Debian's packages.
 fn takes_packages(image: &str) -> bool {
-    image.starts_with("image-gitea-runner")
+    image.starts_with("image-gitea-runner") || image == KIND_NODE
 }
 
 /// What the lanes tell one another.
@@ -328,10 +347,11 @@ impl<'a> Lanes<'a> {
     }
 
     fn images(&self) -> Result<()> {
-        for (image, part) in IMAGES.iter().filter(|(image, _)| self.selection.has(image)) {
-            let building = self.missing.iter().any(|(missing, _)| missing.name == *part);
-            let go_on = self
-                .wait(|board| (!building || board.built.contains(part)) && (!takes_packages(image) || board.fetched.contains("packages")));
+        for (image, parts) in IMAGES.iter().filter(|(image, _)| self.selection.has(image)) {
+            let missing = || self.missing.iter().filter(|(missing, _)| parts.contains(&missing.name));
+            let go_on = self.wait(|board| {
+                missing().all(|(part, _)| board.built.contains(part.name)) && (!takes_packages(image) || board.fetched.contains("packages"))
+            });
             if !go_on {
                 return Ok(());
             }
@@ -369,6 +389,7 @@ mod tests {
         let started = Selection::for_cluster(true, true);
         assert!(!started.has("minio") && started.and(&["minio".to_owned()]).unwrap().has("minio"));
         assert_eq!(Selection::for_given().and(&[]).unwrap(), Selection::for_given());
+        assert!(Selection::for_kind(false, true).has("cilium") && !Selection::for_kind(true, false).has("packages"));
         let error = Selection::named(&["kubernets".to_owned()]).unwrap_err();
         assert!(error.to_string().contains("there are: packages, kubernetes,"), "{error}");
     }

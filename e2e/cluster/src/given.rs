@@ -14,6 +14,7 @@ use crate::engine::Engine;
 use crate::forge::{self, Forge};
 use crate::layout::Layout;
 use crate::local::{ForgePlace, Saved, link, lock, remove_state};
+use crate::pki;
 use crate::process::boot_id;
 use crate::progress::Progress;
 use crate::provider::Provider;
@@ -23,6 +24,7 @@ pub(crate) fn up(layout: &Layout, progress: &Progress) -> Result<()> {
     let kubeconfig =
         PathBuf::from(variable("KUBECONFIG")?).canonicalize().context("KUBECONFIG must name one file for MAYFLY_E2E_CLUSTER=kubeconfig")?;
     fs::create_dir_all(layout.at("bin"))?;
+    pki::create_authority(layout)?;
     link(&part_folder(layout, "kubernetes")?.join("kube"), &layout.bin("kubectl"))?;
     run(kubectl_with(layout, &kubeconfig).args(["get", "--raw=/readyz", "--request-timeout=15s"]))
         .with_context(|| format!("the cluster of {} is not ready", kubeconfig.display()))?;

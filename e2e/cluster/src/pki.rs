@@ -75,8 +75,16 @@ pub fn create(layout: &Layout) -> Result<()> {
     write_private(&layout.kubeconfig(), &kubeconfig(layout.name(), &server, &authority.pem, user, &pair))
 }
 
+/// Makes the authority of the outside world's certificates for a cluster that others made, once.
+pub fn create_authority(layout: &Layout) -> Result<()> {
+    match path(layout, "ca.key").exists() {
+        true => Ok(()),
+        false => Authority::new()?.store(layout),
+    }
+}
+
 /// A certificate of the cluster's authority for a server of the outside world, and its key, as PEM files: made once under each `name`,
-/// for these host names and addresses. A cluster that others made gets an authority of its own for them.
+/// for these host names and addresses.
 pub fn server(layout: &Layout, name: &str, hosts: &[&str]) -> Result<(PathBuf, PathBuf)> {
     let paths = (path(layout, &format!("{name}.crt")), path(layout, &format!("{name}.key")));
     if !paths.0.exists() || !paths.1.exists() {
@@ -106,11 +114,6 @@ impl Authority {
 
     /// The one that a cluster has.
     fn of(layout: &Layout) -> Result<Self> {
-        if !path(layout, "ca.key").exists() {
-            let made = Self::new()?;
-            made.store(layout)?;
-            return Ok(made);
-        }
         let key = fs::read_to_string(path(layout, "ca.key")).context("cannot read the authority's key")?;
         let pair = KeyPair::from_pem(&key).context("cannot use the authority's key")?;
         Ok(Self { pem: authority(layout)?, key, issuer: Issuer::new(Self::params(), pair) })

@@ -65,7 +65,7 @@ pub fn up(layout: &Layout, options: Options, also: &[String], progress: &Progres
     }
     let needed = match chosen {
         Provider::Local => Selection::for_cluster(options.engine == Engine::Cilium, options.forge),
-        Provider::Kind => Selection::for_kind(options.forge),
+        Provider::Kind => Selection::for_kind(options.forge, kind::builds_node()?),
         Provider::Kubeconfig => Selection::for_given(),
     };
     builder::build(layout, &needed.and(also)?, progress)?;

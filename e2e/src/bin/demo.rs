@@ -13,7 +13,9 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::runtime::watcher::{Config, Event, watcher};
 use kube::{Api, ResourceExt};
 use mayfly_cluster::builder::RUNNER_WITH_BOTO3_IMAGE;
+use mayfly_cluster::cluster::default_name;
 use mayfly_cluster::forge::Scope;
+use mayfly_cluster::layout::Layout;
 use mayfly_cluster::{Cluster, Options, Progress, Provider, World as Place};
 use mayfly_crds::RunnerPool;
 use mayfly_crds::names::{ANNOTATION_JOB, LABEL_POOL};
@@ -65,6 +67,9 @@ enum Command {
     /// Play the Ingress that leads to Mayfly's issuer, until ended. (The demo and the tests start this.)
     #[command(hide = true)]
     Ingress(ingress::Arguments),
+    /// Build all images and nothing else: what comes after needs no way to the world.
+    #[command(hide = true)]
+    Images,
 }
 
 #[tokio::main]
@@ -73,6 +78,7 @@ async fn main() -> ExitCode {
     let result = match arguments.command {
         Some(Command::Decoy { address }) => decoy(&address),
         Some(Command::Ingress(arguments)) => ingress::serve(arguments).await,
+        Some(Command::Images) => images(),
         None => demo(arguments.forge).await,
     };
     match result {
@@ -82,6 +88,10 @@ async fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn images() -> Result<()> {
+    install::images(&Layout::new(&default_name())?, &Progress::stderr()).map(drop)
 }
 
 async fn demo(forge: ForgeName) -> Result<()> {

@@ -12,13 +12,19 @@ import (
 	_ "github.com/coredns/coredns/plugin/health"
 	_ "github.com/coredns/coredns/plugin/hosts"
 	_ "github.com/coredns/coredns/plugin/kubernetes"
+	_ "github.com/coredns/coredns/plugin/loadbalance"
+	_ "github.com/coredns/coredns/plugin/loop"
+	_ "github.com/coredns/coredns/plugin/metrics"
 	_ "github.com/coredns/coredns/plugin/ready"
+	_ "github.com/coredns/coredns/plugin/reload"
 	_ "github.com/coredns/coredns/plugin/template"
 )
 
 // The order in which plugins see a query, which CoreDNS takes from this list and not from the Corefile.
 func init() {
-	dnsserver.Directives = []string{"errors", "health", "ready", "cache", "hosts", "kubernetes", "template", "forward"}
+	dnsserver.Directives = []string{
+		"reload", "health", "ready", "prometheus", "errors", "loadbalance", "cache", "hosts", "kubernetes", "loop", "template", "forward",
+	}
 }
 
 func main() {
