@@ -4,6 +4,7 @@ pub mod audit;
 pub mod binding;
 pub mod clouds;
 pub mod forge;
+pub mod gates;
 pub mod github;
 pub mod ingress;
 pub mod install;

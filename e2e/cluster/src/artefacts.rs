@@ -176,6 +176,15 @@ pub const GO_PARTS: &[GoPart] = &[
         data: &[],
     },
     GoPart {
+        name: "kwok",
+        module: "e2e/tools/kwok",
+        cgo: false,
+        versioned_by: Some("sigs.k8s.io/kwok"),
+        programs: &[GoProgram::new("kwok", "sigs.k8s.io/kwok/cmd/kwok")],
+        // What becomes of nodes and pods, and when.
+        data: &["kustomize/stage"],
+    },
+    GoPart {
         name: "kind",
         module: "e2e/tools/kind",
         cgo: false,

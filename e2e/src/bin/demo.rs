@@ -22,7 +22,7 @@ use mayfly_crds::names::{ANNOTATION_JOB, LABEL_POOL};
 use mayfly_e2e::forge::Organization;
 use mayfly_e2e::store::{self, Store};
 use mayfly_e2e::wait::eventually;
-use mayfly_e2e::{World, github, ingress, install, pool};
+use mayfly_e2e::{World, gates, github, ingress, install, pool};
 use mayfly_github_simulator::control::JobView;
 use serde_json::json;
 
@@ -70,6 +70,9 @@ enum Command {
     /// Build all images and nothing else: what comes after needs no way to the world.
     #[command(hide = true)]
     Images,
+    /// Play the pods of simulated nodes, until ended. (The benchmarks start this.)
+    #[command(hide = true)]
+    Gates(gates::Arguments),
 }
 
 #[tokio::main]
@@ -79,6 +82,7 @@ async fn main() -> ExitCode {
         Some(Command::Decoy { address }) => decoy(&address),
         Some(Command::Ingress(arguments)) => ingress::serve(arguments).await,
         Some(Command::Images) => images(),
+        Some(Command::Gates(arguments)) => gates::serve(arguments).await,
         None => demo(arguments.forge).await,
     };
     match result {

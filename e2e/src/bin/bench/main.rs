@@ -1,6 +1,7 @@
 //! What a job costs and how long things take, measured on the running cluster: one figure a line as `name value unit`, and the same
 //! in `target/bench.json`. Times are wall-clock of this machine, which runs cluster, forge and jobs at once: compare the ratios.
 
+mod crowd;
 mod github;
 mod many;
 mod measure;
@@ -61,7 +62,7 @@ impl Arguments {
             Part::Gitea => self.forge != Some(ForgeName::Github),
             _ => self.forge != Some(ForgeName::Gitea),
         };
-        let long = matches!(part, Part::Slots | Part::ScaleSets);
+        let long = matches!(part, Part::Slots | Part::ScaleSets | Part::Crowd);
         if self.only.is_empty() { of_forge && !(long && self.quick) } else { self.only.contains(&part) }
     }
 }
@@ -84,6 +85,8 @@ enum Part {
     Slots,
     /// Many scale sets in one process.
     ScaleSets,
+    /// Many jobs of many pools at once, on simulated nodes.
+    Crowd,
     /// Jobs of Gitea, one after another and at once; breach, leaks, memory.
     Gitea,
 }
@@ -119,6 +122,9 @@ async fn bench(arguments: &Arguments) -> Result<()> {
     }
     if want(Part::ScaleSets) {
         many::scale_sets(&mut figures).await?;
+    }
+    if want(Part::Crowd) {
+        crowd::measure(&mut figures).await?;
     }
     if want(Part::Gitea) {
         gitea(quick, &mut figures).await?;
