@@ -173,8 +173,8 @@ fn image_recipe(layout: &Layout, name: &str) -> Result<Recipe> {
         _ => bail!("there is no image {name:?}"),
     };
     let source = layout.repo().join(source);
-    // What one Gitea runner's image has of its own is what the other has as well.
-    let mut contexts = vec![source.clone(), layout.repo().join("images/gitea-runner")];
+    // What one Gitea runner's image has of its own is what the other has as well; a node of kind's has the views of this cluster's.
+    let mut contexts = vec![source.clone(), layout.repo().join("images/gitea-runner"), layout.repo().join("e2e/cluster")];
     for part in parts_of(name) {
         contexts.push(part_folder(layout, part)?);
     }

@@ -133,8 +133,9 @@ fn cilium(layout: &Layout) -> Result<()> {
         "--preallocate-bpf-maps=false".into(),
     ]);
     agent.restart = true;
-    agent.mounts = Some(Mounts { propagation: "slave", script: agent_mounts(layout) });
-    agent.before = Some(agent_link(layout));
+    let view = format!("data={}\n{}", data.display(), include_str!("../views/cilium-agent.sh"));
+    agent.mounts = Some(Mounts { propagation: "slave", script: format!("{view}see") });
+    agent.before = Some(format!("{view}appear"));
     with_names(agent).ensure(layout)?;
 
     wait_for("health of Cilium's agent", Duration::from_secs(180), Duration::from_millis(300), || Engine::Cilium.healthy(layout))?;
@@ -154,37 +155,4 @@ fn compiler(layout: &Layout) -> Result<()> {
     write_file(&path, "#!/bin/sh\nexec clang-19 \"$@\" -Wno-shorten-64-to-32\n")?;
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
     Ok(())
-}
-
-/// What the agent sees differently from the node:
-/// 1. `kernel.*` parameters are the machine's and read-only (it only logs a warning);
-/// 2. a kernel without modules has no `/proc/modules`, which the agent insists on: a tmpfs of links into the real procfs lies over
-///    `/proc`, with a list of what is built in;
-/// 3. a BPF file system, which lives as long as the loop that restarts the agent does.
-fn agent_mounts(layout: &Layout) -> String {
-    let data = layout.at("cilium").display().to_string();
-    format!(
-        r#"
-data={data}
-mkdir -p $data/bpf $data/cgroup $data/proc.real $data/proc.shim
-mount --bind /proc/sys/kernel /proc/sys/kernel
-mount -o remount,ro,bind /proc/sys/kernel
-mount -t bpf bpf $data/bpf
-if [ ! -e /proc/modules ]; then
-    mount --rbind /proc $data/proc.real
-    mount -t tmpfs -o mode=755 tmpfs $data/proc.shim
-    for entry in $(ls $data/proc.real); do
-        case $entry in [2-9]*|1?*) ;; *) ln -s $data/proc.real/$entry $data/proc.shim/$entry;; esac
-    done
-    printf '%s 0 0 - Live 0x0\n' ip_tables iptable_nat iptable_mangle iptable_raw iptable_filter \
-        ip6_tables ip6table_mangle ip6table_raw ip6table_filter xt_socket > $data/proc.shim/modules
-    mount --move $data/proc.shim /proc
-fi"#
-    )
-}
-
-/// A process is looked up in `/proc` by its pid: each new agent puts itself there, and takes away those that are gone.
-fn agent_link(layout: &Layout) -> String {
-    let real = layout.at("cilium/proc.real").display().to_string();
-    format!("if [ -e {real}/self ]; then find /proc -maxdepth 1 -xtype l -delete; ln -sfn {real}/$$ /proc/$$; fi")
 }

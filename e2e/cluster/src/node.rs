@@ -69,7 +69,8 @@ pub fn ensure_agents(layout: &Layout) -> Result<()> {
         format!("--hostname-override={NODE_NAME}"),
         format!("--node-ip={node_ip},{node_v6}"),
     ]);
-    kubelet.mounts = Some(Mounts { propagation: "unchanged", script: sysctl_shim(layout) });
+    let view = format!("data={}\n{}", layout.at("kubelet-sysctl").display(), include_str!("../views/kubelet.sh"));
+    kubelet.mounts = Some(Mounts { propagation: "unchanged", script: view });
     kubelet.ensure(layout)?;
 
     let config = layout.at("proxy.yaml");
@@ -77,27 +78,6 @@ pub fn ensure_agents(layout: &Layout) -> Result<()> {
     write_file(&config, &render(include_str!("../templates/proxy.yaml"), &values)?)?;
     Daemon::new("kube-proxy", World::Node, layout.bin("kube-proxy")).args([format!("--config={}", config.display())]).ensure(layout)?;
     Ok(())
-}
-
-/// The kubelet sets kernel parameters that are the whole machine's. It finds them set: files with the values it wants lie over the
-/// real ones, in its own view only. (Not in the node's view: containers with user namespaces may mount a new procfs only where the
-/// old one is visible whole.)
-fn sysctl_shim(layout: &Layout) -> String {
-    let wanted = [
-        ("vm/overcommit_memory", "1"),
-        ("vm/panic_on_oom", "0"),
-        ("kernel/panic", "10"),
-        ("kernel/panic_on_oops", "1"),
-        ("kernel/keys/root_maxkeys", "1000000"),
-        ("kernel/keys/root_maxbytes", "25000000"),
-    ];
-    let folder = layout.at("kubelet-sysctl").display().to_string();
-    let mut script = format!("mount --make-rprivate /proc\nmkdir -p {folder}\n");
-    for (name, value) in wanted {
-        let file = format!("{folder}/{}", name.replace('/', "."));
-        script.push_str(&format!("echo {value} > {file}; mount --bind {file} /proc/sys/{name}\n"));
-    }
-    script
 }
 
 /// Waits until the node is ready: its network is configured and its kubelet reports.

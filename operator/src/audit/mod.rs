@@ -5,8 +5,9 @@
 
 use std::fmt::Write as _;
 use std::io;
+use std::mem;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use data_encoding::HEXLOWER;
@@ -14,7 +15,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 
 mod read;
 mod sink;
@@ -26,8 +27,7 @@ pub(crate) use sink::{FileSink, HttpSink, Rotation, Sink, StdoutSink};
 const VERSION: u32 = 1;
 /// What stands before the first record of a chain.
 pub(crate) const GENESIS: &str = "0000000000000000000000000000000000000000000000000000000000000000";
-/// Events that wait for the writer, and the most that it takes at once.
-const WAITING: usize = 1_024;
+/// Most events that a sink is given at once.
 const AT_ONCE: usize = 256;
 /// What the line ends with, around the hash: it is taken away to compute the hash.
 const HASH: &str = r#","hash":""#;
@@ -205,8 +205,44 @@ pub(crate) struct Audit(Arc<Writer>);
 
 /// A thread of its own: a disk takes as long as it takes, and what came meanwhile is written at once.
 struct Writer {
-    waiting: Option<mpsc::Sender<Waiting>>,
+    queue: Arc<Queue>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// What waits for the writer. It is bounded by those who write: each waits for its record.
+#[derive(Default)]
+struct Queue {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    waiting: Vec<Waiting>,
+    /// Nothing more comes.
+    ended: bool,
+}
+
+impl Queue {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All that waits, as soon as there is something; `None` at the end.
+    fn take(&self) -> Option<Vec<Waiting>> {
+        let idle = |state: &mut State| state.waiting.is_empty() && !state.ended;
+        let mut state = self.changed.wait_while(self.state(), idle).unwrap_or_else(PoisonError::into_inner);
+        Some(mem::take(&mut state.waiting)).filter(|waiting| !waiting.is_empty())
+    }
+}
+
+/// Wakes the writer when it goes, also where whoever had it is cancelled.
+struct Wake<'a>(&'a Queue);
+
+impl Drop for Wake<'_> {
+    fn drop(&mut self) {
+        self.0.changed.notify_one();
+    }
 }
 
 impl Audit {
@@ -214,14 +250,16 @@ impl Audit {
     pub(crate) fn new(sink: impl Sink + 'static) -> Self {
         let previous = sink.last_hash().unwrap_or_else(|| GENESIS.to_owned());
         let mut chain = Chain { sink: Box::new(sink), previous };
-        let (waiting, mut events) = mpsc::channel(WAITING);
+        let queue = Arc::new(Queue::default());
+        let queued = queue.clone();
         let thread = thread::spawn(move || {
-            let mut batch = Vec::with_capacity(AT_ONCE);
-            while events.blocking_recv_many(&mut batch, AT_ONCE) > 0 {
-                chain.write(&mut batch);
+            while let Some(mut waiting) = queued.take() {
+                while !waiting.is_empty() {
+                    chain.write(waiting.drain(..waiting.len().min(AT_ONCE)));
+                }
             }
         });
-        Self(Arc::new(Writer { waiting: Some(waiting), thread: Some(thread) }))
+        Self(Arc::new(Writer { queue, thread: Some(thread) }))
     }
 
     /// Writes a record, and tells the log where that fails: for what happens anyway.
@@ -240,15 +278,26 @@ impl Audit {
         // Here, and not in the writer: there is one, and everybody waits for it.
         let event = serde_json::to_string(event)?;
         let (written, told) = oneshot::channel();
-        let waiting = self.0.waiting.as_ref().ok_or(AuditError::Ended)?;
-        waiting.send(Waiting { event, written }).await.map_err(|_| AuditError::Ended)?;
+        let queue = &*self.0.queue;
+        let first = {
+            let mut state = queue.state();
+            state.waiting.push(Waiting { event, written });
+            state.waiting.len() == 1
+        };
+        if first {
+            // Everybody else who is about to write comes first, so that the writer wakes once for all of them.
+            let wake = Wake(queue);
+            tokio::task::yield_now().await;
+            drop(wake);
+        }
         told.await.map_err(|_| AuditError::Ended)?
     }
 }
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        drop(self.waiting.take());
+        self.queue.state().ended = true;
+        drop(Wake(&self.queue));
         if let Some(thread) = self.thread.take() {
             // Whoever waited for a record of a writer that died was told.
             let _ = thread.join();
@@ -258,10 +307,10 @@ impl Drop for Writer {
 
 impl Chain {
     /// Writes all of them in one go, and tells each.
-    fn write(&mut self, batch: &mut Vec<Waiting>) {
+    fn write(&mut self, batch: impl ExactSizeIterator<Item = Waiting>) {
         let (mut lines, mut previous) = (String::new(), self.previous.clone());
         let mut taken = Vec::with_capacity(batch.len());
-        for Waiting { event, written } in batch.drain(..) {
+        for Waiting { event, written } in batch {
             let begin = lines.len();
             let (id, at, fields) = (uuid(), Timestamp::now(), &event[1..event.len() - 1]);
             // Into a text, which takes everything.

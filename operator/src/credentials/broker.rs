@@ -1,6 +1,5 @@
 //! The broker's API: who asks, may it, get it, write it down, hand it out. In this order, and nothing leaves before it is written down.
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -19,7 +18,7 @@ use kube::core::DeserializeGuard;
 use kube::runtime::reflector::{ObjectRef, Store};
 use mayfly_crds::names::{ANNOTATION_JOB_CLAIMS, LABEL_POOL};
 use mayfly_crds::{CredentialBinding, RunnerPool};
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
 use tokio::sync::OnceCell;
 use tower::limit::GlobalConcurrencyLimitLayer;
@@ -74,7 +73,7 @@ pub(crate) struct Broker {
     metrics: Metrics,
     replay: Mutex<Replay>,
     /// By spent token, the binding's generation and what was wanted: a pod that asks again, or twice at once, gets the one answer.
-    answers: moka::sync::Cache<(SpentKey, i64, String), Arc<OnceCell<Credential>>>,
+    answers: moka::sync::Cache<(SpentKey, i64, String), Arc<OnceCell<Arc<Credential>>>>,
     /// By pod and binding, who had something: what they get after that is a refreshment.
     given: moka::sync::Cache<(String, String), ()>,
     revocations: Revocations,
@@ -202,7 +201,7 @@ fn outcome(denial: &Denial) -> &'static str {
 }
 
 impl Broker {
-    async fn serve(&self, headers: &HeaderMap, body: &[u8], trail: &mut Trail, request: &Request) -> Result<Credential, Denial> {
+    async fn serve(&self, headers: &HeaderMap, body: &[u8], trail: &mut Trail, request: &Request) -> Result<Arc<Credential>, Denial> {
         let form = "application/x-www-form-urlencoded";
         let kind = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
         if kind.split(';').next().unwrap_or_default().trim() != form {
@@ -241,7 +240,7 @@ impl Broker {
         };
 
         let trail = &*trail;
-        let owe = |credential: &Credential| {
+        let owe = |credential: &Arc<Credential>| {
             self.revocations.owe(Owed {
                 pod: presenter.clone(),
                 binding: (asked.binding.clone(), grant.binding_uid.clone()),
@@ -257,7 +256,7 @@ impl Broker {
             return Err(Denial::new(Check::Pod, Public::InvalidClient, "the pod ended before its credential was there"));
         }
         let given = (presenter.uid.clone(), grant.binding_uid.clone());
-        let action = match self.given.entry(given.clone()).or_insert(()).is_fresh() {
+        let action = match self.given.entry_by_ref(&given).or_insert(()).is_fresh() {
             true => Action::CredentialGranted,
             false => Action::CredentialRefreshed,
         };
@@ -333,8 +332,8 @@ impl Broker {
         binding: &CredentialBinding,
         grant: &Grant,
         now: i64,
-        owe: impl Fn(&Credential),
-    ) -> Result<Credential, Denial> {
+        owe: impl Fn(&Arc<Credential>),
+    ) -> Result<Arc<Credential>, Denial> {
         let claim = |name: &str| claims.get(name).unwrap_or_default();
         let session = session_name(claim("run_id"), claim("run_attempt"), claim("check_run_id"));
         let order = Order {
@@ -350,7 +349,7 @@ impl Broker {
         let wanted = if grant.itself { "itself".to_owned() } else { grant.scopes.join(" ") };
         let answer = self.answers.get_with((claims.spent_as(), grant.generation, wanted), Arc::default);
         let exchange = async || {
-            let credential = self.providers.exchange(&order).await?;
+            let credential = Arc::new(self.providers.exchange(&order).await?);
             if credential.revocable {
                 owe(&credential);
             }
@@ -504,11 +503,28 @@ struct TokenRecord<'a> {
     subject: &'a str,
     jti: Option<&'a str>,
     expires: i64,
-    job: BTreeMap<&'static str, &'a str>,
+    job: JobOf<'a>,
 }
 
+/// The claims that say whose job it is, as far as the token has them.
+struct JobOf<'a>(&'a Claims);
+
 impl<'a> TokenRecord<'a> {
-    const OF_JOB: [&'static str; 10] = [
+    fn of(claims: &'a Claims) -> Self {
+        Self {
+            sha256: claims.digest_text(),
+            issuer: &claims.issuer,
+            audience: &claims.audience,
+            subject: &claims.subject,
+            jti: claims.jti.as_deref(),
+            expires: claims.expires,
+            job: JobOf(claims),
+        }
+    }
+}
+
+impl JobOf<'_> {
+    const NAMES: [&'static str; 10] = [
         "repository",
         "repository_id",
         "run_id",
@@ -520,17 +536,11 @@ impl<'a> TokenRecord<'a> {
         "job_workflow_ref",
         "actor_id",
     ];
+}
 
-    fn of(claims: &'a Claims) -> Self {
-        Self {
-            sha256: claims.digest_text(),
-            issuer: &claims.issuer,
-            audience: &claims.audience,
-            subject: &claims.subject,
-            jti: claims.jti.as_deref(),
-            expires: claims.expires,
-            job: Self::OF_JOB.iter().filter_map(|name| Some((*name, claims.get(name)?))).collect(),
-        }
+impl Serialize for JobOf<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(Self::NAMES.iter().filter_map(|name| Some((name, self.0.get(name)?))))
     }
 }
 

@@ -154,7 +154,7 @@ impl Issuers {
 
 #[derive(Default)]
 struct Known {
-    keys: Arc<Keys>,
+    keys: Keys,
     fetched: Option<Instant>,
     tried: Option<Instant>,
 }
@@ -186,7 +186,7 @@ impl Issuer {
         self.fetch(self.rhythm.least).await;
         match self.known_key(kid) {
             Some(key) => Ok(key),
-            None if self.believed() => Err(VerifyError::UnknownKey),
+            None if self.believed().is_some() => Err(VerifyError::UnknownKey),
             None => Err(VerifyError::Unavailable),
         }
     }
@@ -195,13 +195,14 @@ impl Issuer {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn believed(&self) -> bool {
-        self.known().fetched.is_some_and(|fetched| fetched.elapsed() < self.rhythm.stale)
+    /// What is known, if it is not too old.
+    fn believed(&self) -> Option<std::sync::MutexGuard<'_, Known>> {
+        let known = self.known();
+        known.fetched.is_some_and(|fetched| fetched.elapsed() < self.rhythm.stale).then_some(known)
     }
 
     fn known_key(&self, kid: &str) -> Option<Key> {
-        let keys = self.believed().then(|| self.known().keys.clone())?;
-        keys.get(kid).cloned()
+        self.believed()?.keys.get(kid).cloned()
     }
 
     async fn keep_fresh(&self) {
@@ -231,7 +232,7 @@ impl Issuer {
         match self.discover().await {
             Ok(keys) => {
                 let mut known = self.known();
-                (known.keys, known.fetched) = (Arc::new(keys), Some(Instant::now()));
+                (known.keys, known.fetched) = (keys, Some(Instant::now()));
             }
             // What was fetched before goes on until it is stale: an empty or broken answer must not lock every job out.
             Err(error) => tracing::warn!(%error, issuer = self.name, "an issuer's keys could not be fetched"),

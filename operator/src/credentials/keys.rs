@@ -1,8 +1,9 @@
 //! Public keys of issuers, and what of a key set is taken.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
-use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED, RSA_PKCS1_2048_8192_SHA256, RsaPublicKeyComponents, UnparsedPublicKey};
+use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED, ParsedPublicKey, RSA_PKCS1_2048_8192_SHA256, RsaPublicKeyComponents};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde_json::{Map, Value};
@@ -18,11 +19,9 @@ const RSA_EXPONENT: u64 = 65_537;
 
 /// A key that verifies with one algorithm.
 #[derive(Clone)]
-pub(crate) enum Key {
-    /// For [`Algorithm::Rs256`].
-    Rsa(RsaPublicKeyComponents<Vec<u8>>),
-    /// For [`Algorithm::Es256`]: the uncompressed point.
-    P256(Vec<u8>),
+pub(crate) struct Key {
+    algorithm: Algorithm,
+    parsed: Arc<ParsedPublicKey>,
 }
 
 /// An issuer's keys by their name.
@@ -31,16 +30,10 @@ pub(crate) type Keys = HashMap<String, Key>;
 impl Key {
     /// Whether `signature` over `message` is this key's, with this algorithm.
     pub(crate) fn verifies(&self, algorithm: Algorithm, message: &[u8], signature: &[u8]) -> bool {
-        match (self, algorithm) {
-            (Self::Rsa(key), Algorithm::Rs256) => key.verify(&RSA_PKCS1_2048_8192_SHA256, message, signature).is_ok(),
-            (Self::P256(point), Algorithm::Es256) => {
-                UnparsedPublicKey::new(&ECDSA_P256_SHA256_FIXED, point).verify(message, signature).is_ok()
-            }
-            _ => false,
-        }
+        algorithm == self.algorithm && self.parsed.verify_sig(message, signature).is_ok()
     }
 
-    /// Reads a JWK (RFC 7517, 7518). `None` for a key that is not for signatures of the two algorithms, or too weak.
+    /// Reads a JWK (RFC 7517, 7518). `None` for a key that is not for signatures of the two algorithms, too weak, or no key at all.
     fn read(jwk: &Map<String, Value>) -> Option<Self> {
         let text = |name: &str| jwk.get(name).and_then(Value::as_str);
         let number = |name: &str| URL_SAFE_NO_PAD.decode(text(name)?).ok();
@@ -48,20 +41,23 @@ impl Key {
             return None;
         }
         let alg = jwk.get("alg").map(|alg| alg.as_str().unwrap_or_default());
-        match text("kty")? {
+        let (algorithm, parsed) = match text("kty")? {
             "RSA" if alg.is_none_or(|alg| alg == "RS256") => {
                 let (n, e) = (unpadded(number("n")?), unpadded(number("e")?));
                 let bits = n.len() * 8 - n.first()?.leading_zeros() as usize;
                 let exponent = (e.len() <= 8).then(|| e.iter().fold(0_u64, |value, byte| value << 8 | u64::from(*byte)))?;
                 let sound = RSA_BITS.contains(&bits) && n.last()? % 2 == 1 && exponent >= RSA_EXPONENT && exponent % 2 == 1;
-                sound.then_some(Self::Rsa(RsaPublicKeyComponents { n, e }))
+                let key = sound.then_some(RsaPublicKeyComponents { n, e })?;
+                (Algorithm::Rs256, key.to_parsed_public_key(&RSA_PKCS1_2048_8192_SHA256))
             }
             "EC" if alg.is_none_or(|alg| alg == "ES256") && text("crv") == Some("P-256") => {
                 let (x, y) = (number("x")?, number("y")?);
-                (x.len() == 32 && y.len() == 32).then(|| Self::P256([vec![4], x, y].concat()))
+                let point = (x.len() == 32 && y.len() == 32).then(|| [vec![4], x, y].concat())?;
+                (Algorithm::Es256, ParsedPublicKey::new(&ECDSA_P256_SHA256_FIXED, point))
             }
-            _ => None,
-        }
+            _ => return None,
+        };
+        Some(Self { algorithm, parsed: Arc::new(parsed.ok()?) })
     }
 }
 
@@ -172,7 +168,7 @@ mod tests {
             key["n"] = json!(text(&[&[0, 0], &n[..]].concat()));
         };
         assert!(Key::read(&jwk(padded)).is_some(), "leading zeros are no strength and no weakness");
-        let changes: [Fault<'_>; 9] = [
+        let changes: [Fault<'_>; 10] = [
             ("1024 bits", &|key| key["n"] = json!(short)),
             ("1024 bits behind zeros", &|key| key["n"] = json!(text(&[&[0; 200][..], &[0xc3; 127], &[1]].concat()))),
             ("an even modulus", &|key| key["n"] = json!(text(&[&[0xc3; 255][..], &[2]].concat()))),
@@ -181,6 +177,7 @@ mod tests {
             ("for encryption", &|key| key["use"] = json!("enc")),
             ("another algorithm", &|key| key["alg"] = json!("PS256")),
             ("symmetric", &|key| *key = json!({"kty": "oct", "kid": "a", "k": "AAAA"})),
+            ("no point of the curve", &|key| *key = json!({"kty": "EC", "kid": "a", "crv": "P-256", "x": text(&[1; 32]), "y": text(&[1; 32])})),
             ("another curve", &|key| *key = json!({"kty": "EC", "kid": "a", "crv": "P-384", "x": text(&[1; 48]), "y": text(&[1; 48])})),
         ];
         for (what, change) in changes {

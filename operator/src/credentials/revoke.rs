@@ -1,7 +1,7 @@
 //! Credentials that end with their pod rather than by themselves. This process keeps those that it gave, in memory alone: what a process
 //! that ends has not revoked lives as long as it was ordered to.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use mayfly_crds::Provider;
@@ -22,7 +22,7 @@ pub(super) struct Owed {
     pub(super) binding: (String, String),
     /// What the binding said.
     pub(super) provider: Provider,
-    pub(super) credential: Credential,
+    pub(super) credential: Arc<Credential>,
     /// The record of its end, but for how that went.
     pub(super) event: Event,
     /// When it may be tried again, and how long the pause before was.

@@ -29,12 +29,15 @@
 //!
 //! An error is JSON with `error`, one of [`Public`], and `correlation_id`, by which the audit records are found. It never says more.
 
+use std::borrow::Cow;
+
 use axum::Json;
 use axum::http::{HeaderName, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use kube::ResourceExt;
 use mayfly_crds::names::BROKER_AUDIENCE;
 use mayfly_crds::{Chosen, CredentialBinding, LIFETIME_MIN};
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::decide::{Check, Denial, Public};
@@ -76,7 +79,7 @@ impl TokenRequest {
         let text = std::str::from_utf8(body).map_err(|_| wrong("the body is no text"))?;
         let mut parameters = std::collections::HashMap::new();
         for (name, value) in form_urlencoded::parse(text.as_bytes()).take(MAX_PARAMETERS + 1) {
-            if parameters.insert(name.into_owned(), value.into_owned()).is_some() {
+            if parameters.insert(name, value).is_some() {
                 return Err(wrong("a parameter comes twice"));
             }
         }
@@ -105,7 +108,7 @@ impl TokenRequest {
             Some(Ok(seconds)) if seconds >= LIFETIME_MIN => Some(seconds),
             Some(_) => return Err(wrong("a lifetime that is no number of at least 900 seconds")),
         };
-        let token = |text: Option<String>| text.filter(|text| text.len() <= MAX_TOKEN).map(Secret::new);
+        let token = |text: Option<Cow<'_, str>>| text.filter(|text| text.len() <= MAX_TOKEN).map(Secret::new);
         let (Some(subject_token), Some(actor_token)) = (token(take("subject_token")), token(take("actor_token"))) else {
             return Err(wrong("a token is missing or too long"));
         };
@@ -113,7 +116,14 @@ impl TokenRequest {
         let binding = take("resource").filter(|name| name.len() <= MAX_NAME && name.bytes().all(plain));
         let binding = binding.ok_or_else(|| wrong("the resource is no name of a binding"))?;
         match parameters.is_empty() {
-            true => Ok(Self { subject_token, actor_token, binding, lifetime, scope, itself }),
+            true => Ok(Self {
+                subject_token,
+                actor_token,
+                binding: binding.into_owned(),
+                lifetime,
+                scope: scope.map(Cow::into_owned),
+                itself,
+            }),
             false => Err(wrong("a parameter that is not known")),
         }
     }
@@ -122,13 +132,23 @@ impl TokenRequest {
 /// Nobody on the way keeps an answer (RFC 6749, section 5.1).
 const NO_STORE: [(HeaderName, &str); 2] = [(header::CACHE_CONTROL, "no-store"), (header::PRAGMA, "no-cache")];
 
+/// RFC 8693, section 2.2.1.
+#[derive(Serialize)]
+struct Granted<'a> {
+    access_token: &'a str,
+    issued_token_type: &'static str,
+    token_type: &'static str,
+    expires_in: i64,
+}
+
 /// The answer with a credential.
 pub(crate) fn granted(credential: &Credential, now: i64) -> Response {
-    let body = json!({
-        "access_token": credential.value.reveal(), "issued_token_type": credential.kind,
-        "token_type": if credential.kind == ACCESS_TOKEN { "Bearer" } else { "N_A" },
-        "expires_in": credential.expires.saturating_sub(now).max(0),
-    });
+    let body = Granted {
+        access_token: credential.value.reveal(),
+        issued_token_type: credential.kind,
+        token_type: if credential.kind == ACCESS_TOKEN { "Bearer" } else { "N_A" },
+        expires_in: credential.expires.saturating_sub(now).max(0),
+    };
     (StatusCode::OK, NO_STORE, Json(body)).into_response()
 }
 

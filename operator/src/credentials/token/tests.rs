@@ -177,7 +177,9 @@ fn signatures_are_the_whole_signature_of_the_whole_token_by_the_right_key() {
 fn an_empty_ecdsa_signature_is_none() {
     // "Psychic signatures", CVE-2022-21449.
     let pair = EcdsaKeyPair::generate(&ECDSA_P256_SHA256_FIXED_SIGNING).expect("a key");
-    let key = Key::P256(pair.public_key().as_ref().to_vec());
+    let (x, y) = pair.public_key().as_ref()[1..].split_at(32);
+    let jwk = json!({"kty": "EC", "kid": "k", "crv": "P-256", "x": URL_SAFE_NO_PAD.encode(x), "y": URL_SAFE_NO_PAD.encode(y)});
+    let key = read_keys(&[jwk.as_object().expect("an object").clone()]).expect("keys").remove("k").expect("a key");
     let profile = Profile { algorithms: vec![Algorithm::Es256], max_age: 600 };
     let input = format!("{}.{}", encode(&json!({"alg": "ES256", "kid": "k"})), encode(&payload()));
     let verify = |signature: &[u8], profile: &Profile| {
