@@ -177,7 +177,9 @@ mod tests {
             ("for encryption", &|key| key["use"] = json!("enc")),
             ("another algorithm", &|key| key["alg"] = json!("PS256")),
             ("symmetric", &|key| *key = json!({"kty": "oct", "kid": "a", "k": "AAAA"})),
-            ("no point of the curve", &|key| *key = json!({"kty": "EC", "kid": "a", "crv": "P-256", "x": text(&[1; 32]), "y": text(&[1; 32])})),
+            ("no point of the curve", &|key| {
+                *key = json!({"kty": "EC", "kid": "a", "crv": "P-256", "x": text(&[1; 32]), "y": text(&[1; 32])})
+            }),
             ("another curve", &|key| *key = json!({"kty": "EC", "kid": "a", "crv": "P-384", "x": text(&[1; 48]), "y": text(&[1; 48])})),
         ];
         for (what, change) in changes {

@@ -116,14 +116,9 @@ impl TokenRequest {
         let binding = take("resource").filter(|name| name.len() <= MAX_NAME && name.bytes().all(plain));
         let binding = binding.ok_or_else(|| wrong("the resource is no name of a binding"))?;
         match parameters.is_empty() {
-            true => Ok(Self {
-                subject_token,
-                actor_token,
-                binding: binding.into_owned(),
-                lifetime,
-                scope: scope.map(Cow::into_owned),
-                itself,
-            }),
+            true => {
+                Ok(Self { subject_token, actor_token, binding: binding.into_owned(), lifetime, scope: scope.map(Cow::into_owned), itself })
+            }
             false => Err(wrong("a parameter that is not known")),
         }
     }

@@ -21,6 +21,7 @@ use mayfly_crds::conditions::reasons;
 use mayfly_crds::names::FINALIZER_REGISTRATIONS;
 use mayfly_crds::{CredentialBinding, JobIssuer, RunnerPool, RunnerPoolStatus, WaitingJob};
 use serde_json::{Value, json};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -48,7 +49,9 @@ use crate::runtime::metrics::Metrics;
 pub(crate) type Guarded = DeserializeGuard<RunnerPool>;
 
 /// Passes at the same time.
-const CONCURRENCY: u16 = 32;
+const CONCURRENCY: usize = 32;
+/// The controller's own limit, which [`Turns`] stands in for.
+const UNLIMITED: u16 = 0;
 /// While a runner is registered and no webhook is set up, the forge is asked this often.
 const POLL_BUSY: Duration = Duration::from_secs(2);
 /// After a pass that failed.
@@ -186,17 +189,47 @@ pub(crate) async fn run(
     stop: CancellationToken,
 ) {
     let wakes = wakes.map(|key| ObjectRef::<Guarded>::new_with(&key.name, ()).within(&key.namespace));
+    let turns = Turns::new(CONCURRENCY);
+    let waiting = turns.clone();
+    let stopped = async move {
+        stop.cancelled().await;
+        waiting.end();
+    };
     Controller::for_stream(stream, pools)
-        .with_config(Config::default().concurrency(CONCURRENCY))
+        .with_config(Config::default().concurrency(UNLIMITED))
         .reconcile_on(wakes)
-        .graceful_shutdown_on(stop.cancelled_owned())
-        .run(reconcile, |pool, error, ctx| on_error(&pool, error, &ctx), ctx)
+        .graceful_shutdown_on(stopped)
+        .run(move |pool, ctx| turns.clone().take(reconcile(pool, ctx)), |pool, error, ctx| on_error(&pool, error, &ctx), ctx)
         .for_each(|result| async move {
             if let Err(error) = result {
                 tracing::debug!(%error, "pass");
             }
         })
         .await;
+}
+
+/// So many passes at the same time, in the order in which they came due. (The controller's own limit goes by the order of a hash table: where
+/// there is always one that is due, some would never have their turn.)
+#[derive(Clone)]
+struct Turns(Arc<Semaphore>);
+
+impl Turns {
+    fn new(at_once: usize) -> Self {
+        Self(Arc::new(Semaphore::new(at_once)))
+    }
+
+    /// When it is its turn.
+    async fn take(self, pass: impl Future<Output = Result<Action, Error>>) -> Result<Action, Error> {
+        match self.0.acquire().await {
+            Ok(_turn) => pass.await,
+            Err(_) => Ok(Action::await_change()),
+        }
+    }
+
+    /// Those that wait go; those that run go on.
+    fn end(&self) {
+        self.0.close();
+    }
 }
 
 fn on_error(pool: &Guarded, error: &Error, ctx: &Context) -> Action {

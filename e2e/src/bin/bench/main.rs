@@ -14,9 +14,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use futures::{StreamExt, TryStreamExt, stream};
 use k8s_openapi::api::core::v1::{Pod, PodSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kube::api::{DeleteParams, LogParams, PostParams};
+use kube::api::{DeleteParams, ListParams, LogParams, PostParams};
 use kube::{Api, ResourceExt};
 use mayfly_cluster::command::output;
 use mayfly_cluster::{Cluster, Options, Progress};
@@ -35,6 +36,9 @@ const SINGLE: usize = 8;
 const BURST: usize = 20;
 /// Numbers of pools at which memory is measured.
 const POOLS: [usize; 3] = [1, 50, 500];
+/// Pools that are made at the same time, and how long all of them may take.
+const AT_ONCE: usize = 16;
+const PATIENCE: Duration = Duration::from_secs(600);
 /// Seconds between the first step and the last, by workflow. The kubelet has the mark on a job's pod in hand for up to a second or two, and
 /// only then takes up its deletion: a job that is over before is measured apart.
 const EMPTY: (&str, u32) = ("empty.yml", 0);
@@ -59,10 +63,10 @@ impl Arguments {
     fn want(&self, part: Part) -> bool {
         let of_forge = match part {
             Part::Broker => true,
-            Part::Gitea => self.forge != Some(ForgeName::Github),
+            Part::Gitea | Part::Pools => self.forge != Some(ForgeName::Github),
             _ => self.forge != Some(ForgeName::Gitea),
         };
-        let long = matches!(part, Part::Slots | Part::ScaleSets | Part::Crowd);
+        let long = matches!(part, Part::Slots | Part::ScaleSets | Part::Crowd | Part::Pools);
         if self.only.is_empty() { of_forge && !(long && self.quick) } else { self.only.contains(&part) }
     }
 }
@@ -87,8 +91,10 @@ enum Part {
     ScaleSets,
     /// Many jobs of many pools at once, on simulated nodes.
     Crowd,
-    /// Jobs of Gitea, one after another and at once; breach, leaks, memory.
+    /// Jobs of Gitea, one after another and at once; breach, leaks.
     Gitea,
+    /// Many pools of Gitea's in one process.
+    Pools,
 }
 
 #[tokio::main]
@@ -129,6 +135,9 @@ async fn bench(arguments: &Arguments) -> Result<()> {
     if want(Part::Gitea) {
         gitea(quick, &mut figures).await?;
     }
+    if want(Part::Pools) {
+        pools(&mut figures).await?;
+    }
     figures.write()
 }
 
@@ -163,9 +172,23 @@ async fn gitea(quick: bool, figures: &mut Figures) -> Result<()> {
         let found = leak::leaks(&stage, leak::STARTS).await?;
         stage.nothing_left(&served).await?;
         figures.add(format!("leaks_in_{}_starts", leak::STARTS), found.visits.len() as f64, "tries");
-        memory(&stage, figures).await?;
     }
     stage.strike().await
+}
+
+async fn pools(figures: &mut Figures) -> Result<()> {
+    let stage = Stage::set("bench-pools").await?;
+    stage.pool(|_| {}).await?;
+    // However that went: so many pools would keep the machine busy.
+    let measured = memory(&stage, figures).await;
+    let pools = pool::pools(&stage.world, &stage.namespace);
+    for pool in pools.list(&ListParams::default()).await?.items.iter().filter(|pool| pool.name_any() != POOL) {
+        pools.delete(&pool.name_any(), &DeleteParams::default()).await?;
+    }
+    let gone = || async { Ok((pools.list(&ListParams::default()).await?.items.len() == 1).then_some(())) };
+    eventually("the pools gone", PATIENCE, gone).await?;
+    stage.strike().await?;
+    measured
 }
 
 /// How long something took to begin and to go, in the middle, in seconds.
@@ -356,14 +379,16 @@ fn proofs(stage: &Stage) -> Result<(f64, f64)> {
 async fn memory(stage: &Stage, figures: &mut Figures) -> Result<()> {
     let mut made = 1;
     for count in POOLS {
-        while made < count {
-            let manifest = pool::manifest(&stage.world, &stage.namespace, &format!("m{made}"), &stage.organization, |pool| {
-                pool["spec"]["forge"]["gitea"]["labels"] = json!([format!("m{made}")]);
+        let began = now();
+        let apply = |n: usize| {
+            let manifest = pool::manifest(&stage.world, &stage.namespace, &format!("m{n}"), &stage.organization, |pool| {
+                pool["spec"]["forge"]["gitea"]["labels"] = json!([format!("m{n}")]);
             });
-            pool::apply(&stage.world, &manifest).await?;
-            made += 1;
-        }
-        eventually(format!("{count} pools ready"), Duration::from_secs(300), || async {
+            async move { pool::apply(&stage.world, &manifest).await.map(drop) }
+        };
+        stream::iter(made..count).map(apply).buffer_unordered(AT_ONCE).try_collect::<()>().await?;
+        made = count;
+        eventually(format!("{count} pools ready"), PATIENCE, || async {
             let all = pool::pools(&stage.world, &stage.namespace).list(&Default::default()).await?;
             let ready = |pool: &&RunnerPool| {
                 pool.status.iter().flat_map(|status| &status.conditions).any(|c| c.type_ == "Ready" && c.status == "True")
@@ -371,16 +396,9 @@ async fn memory(stage: &Stage, figures: &mut Figures) -> Result<()> {
             Ok((all.items.iter().filter(ready).count() >= count).then_some(()))
         })
         .await?;
+        figures.add(format!("until_{count}_pools_ready"), now() - began, "s");
         tokio::time::sleep(Duration::from_secs(15)).await;
         figures.add(format!("operator_memory_{count}_pools"), Process::operator()?.memory()?, "MiB");
     }
-    for n in 1..made {
-        let pools: Api<RunnerPool> = pool::pools(&stage.world, &stage.namespace);
-        pools.delete(&format!("m{n}"), &DeleteParams::default()).await?;
-    }
-    eventually("the pools gone", Duration::from_secs(300), || async {
-        let left = pool::pools(&stage.world, &stage.namespace).list(&Default::default()).await?.items;
-        Ok(left.iter().all(|pool| pool.name_any() == POOL).then_some(()))
-    })
-    .await
+    Ok(())
 }

@@ -241,3 +241,38 @@ async fn only_a_sentinel_tells_what_answers_on_its_node_and_only_of_its_own() {
         () = look => {}
     }
 }
+
+/// Every pool is always due, and there are fewer turns than pools.
+#[tokio::test]
+async fn a_pool_has_its_turn_however_many_are_due() {
+    const POOLS: usize = 40;
+    let (pools, mut writer) = reflector::store();
+    let all = (0..POOLS).map(|n| {
+        let mut pool = malformed(&FINALIZED);
+        pool["metadata"]["name"] = json!(format!("p{n}"));
+        serde_json::from_value::<Guarded>(pool).expect("anything with metadata can be read")
+    });
+    let all: Vec<Guarded> = all.collect();
+    writer.apply_watcher_event(&watcher::Event::Init);
+    all.iter().for_each(|pool| writer.apply_watcher_event(&watcher::Event::InitApply(pool.clone())));
+    writer.apply_watcher_event(&watcher::Event::InitDone);
+    let (turns, passes) = (Turns::new(2), Arc::new(std::sync::Mutex::new(std::collections::BTreeMap::new())));
+    let (counted, taken) = (passes.clone(), turns.clone());
+    let controller = Controller::for_stream(futures::stream::iter(all.into_iter().map(Ok)).chain(futures::stream::pending()), pools)
+        .with_config(Config::default().concurrency(UNLIMITED));
+    let pass = move |pool: Arc<Guarded>, _| {
+        let counted = counted.clone();
+        taken.clone().take(async move {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            *counted.lock().expect("no panic").entry(pool.name_any()).or_insert(0_u32) += 1;
+            Ok(Action::requeue(Duration::ZERO))
+        })
+    };
+    let run = controller.run(pass, |_, _, _| Action::await_change(), Arc::new(()));
+    let _ = tokio::time::timeout(Duration::from_secs(2), run.for_each(|_| async {})).await;
+    let passes = passes.lock().expect("no panic");
+    let (least, most) = (passes.values().min().copied(), passes.values().max().copied());
+    assert!(passes.len() == POOLS && least.zip(most).is_some_and(|(least, most)| least > 0 && most - least <= 2), "{passes:?}");
+    turns.end();
+    assert!(turns.take(async { Err(Error::PodsLeft("it ran".to_owned())) }).await.is_ok(), "nothing begins once it has ended");
+}
