@@ -18,7 +18,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use k8s_openapi::api::core::v1::{Pod, PodSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{DeleteParams, ListParams, LogParams, PostParams};
-use kube::{Api, ResourceExt};
+use kube::ResourceExt;
 use mayfly_cluster::command::output;
 use mayfly_cluster::{Cluster, Options, Progress};
 use mayfly_crds::RunnerPool;
