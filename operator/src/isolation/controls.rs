@@ -21,6 +21,8 @@ const ON_THE_WAY: Duration = Duration::from_millis(600);
 const OPEN: Duration = Duration::from_secs(50);
 /// A sentinel that has not asked for this long is not there.
 const GONE: Duration = Duration::from_secs(60);
+/// Nor is one that owes an answer for this long. Before, it is late: on a busy node that says nothing.
+const LATE: Duration = Duration::from_secs(10);
 const SILENCE: Probe = Probe { answer: Answer::Silent, took: PATIENCE };
 
 /// What was answered, and when.
@@ -52,12 +54,23 @@ pub(crate) struct Controls {
     nodes: Mutex<HashMap<String, Arc<Sentinel>>>,
 }
 
+/// What a sentinel on the node had to say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Beside {
+    /// It told.
+    Told,
+    /// One is there, and has not told yet.
+    Late,
+    /// None is there.
+    Absent,
+}
+
 /// What endpoints answered.
 pub(crate) struct Seen {
     /// The more open answer of each, in their order.
     pub(crate) probes: Vec<Probe>,
     /// Whether a sentinel on the node told as well.
-    pub(crate) beside: bool,
+    pub(crate) beside: Beside,
 }
 
 /// The sentinel on one node.
@@ -77,6 +90,8 @@ struct Asked {
     waits: Option<oneshot::Sender<Vec<Probe>>>,
     /// When a sentinel was there last.
     there: Option<Instant>,
+    /// Since when it owes an answer, and has not been there.
+    late: Option<Instant>,
 }
 
 impl Controls {
@@ -86,7 +101,7 @@ impl Controls {
         let beside = async {
             match sentinel {
                 Some(sentinel) => sentinel.look(endpoints).await,
-                None => None,
+                None => Err(Beside::Absent),
             }
         };
         let (mut probes, beside) = tokio::join!(self.look_itself(endpoints), beside);
@@ -95,7 +110,7 @@ impl Controls {
                 *own = *other;
             }
         }
-        Seen { probes, beside: beside.is_some() }
+        Seen { probes, beside: beside.err().unwrap_or(Beside::Told) }
     }
 
     async fn look_itself(&self, endpoints: &[Endpoint]) -> Vec<Probe> {
@@ -123,7 +138,7 @@ impl Controls {
 impl Sentinel {
     fn there(&self, found: Option<Looked>) {
         let mut asked = lock(&self.asked);
-        asked.there = Some(Instant::now());
+        (asked.there, asked.late) = (Some(Instant::now()), None);
         if let Some(found) = found.filter(|found| found.number == asked.number)
             && let Some(waits) = asked.waits.take()
         {
@@ -141,22 +156,31 @@ impl Sentinel {
         }
     }
 
-    /// `None` where no sentinel is there, or it does not answer.
-    async fn look(&self, endpoints: &[Endpoint]) -> Option<Vec<Probe>> {
+    /// An error where it does not tell.
+    async fn look(&self, endpoints: &[Endpoint]) -> Result<Vec<Probe>, Beside> {
         let mut known = self.answers.lock().await;
         let stale = known.stale(endpoints);
         if !stale.is_empty() {
-            let probes = self.ask(&stale).await.filter(|probes| probes.len() == stale.len())?;
+            let probes = self.ask(&stale).await?;
+            if probes.len() != stale.len() {
+                return Err(Beside::Absent);
+            }
             known.keep(stale, probes);
         }
-        Some(endpoints.iter().map(|endpoint| known.of(endpoint)).collect())
+        Ok(endpoints.iter().map(|endpoint| known.of(endpoint)).collect())
     }
 
-    async fn ask(&self, endpoints: &[Endpoint]) -> Option<Vec<Probe>> {
+    async fn ask(&self, endpoints: &[Endpoint]) -> Result<Vec<Probe>, Beside> {
         let (tell, told) = oneshot::channel();
         {
             let mut asked = lock(&self.asked);
-            asked.there.filter(|there| there.elapsed() < GONE)?;
+            if asked.there.is_none_or(|there| there.elapsed() >= GONE) {
+                return Err(Beside::Absent);
+            }
+            if let Some(late) = asked.late {
+                // Nobody waits for it again until it is there.
+                return Err(if late.elapsed() < LATE { Beside::Late } else { Beside::Absent });
+            }
             asked.number += 1;
             let patience_ms = u16::try_from(PATIENCE.as_millis()).unwrap_or(u16::MAX);
             asked.look = Some(Look { number: asked.number, endpoints: endpoints.to_vec(), patience_ms });
@@ -164,12 +188,11 @@ impl Sentinel {
         }
         self.news.notify_one();
         match tokio::time::timeout(PATIENCE + ON_THE_WAY, told).await {
-            Ok(Ok(probes)) => Some(probes),
+            Ok(Ok(probes)) => Ok(probes),
             _ => {
-                // The next one does not wait for it, until it asks again.
                 let mut asked = lock(&self.asked);
-                (asked.look, asked.waits, asked.there) = (None, None, None);
-                None
+                (asked.look, asked.waits, asked.late) = (None, None, Some(Instant::now()));
+                Err(Beside::Late)
             }
         }
     }
@@ -232,10 +255,10 @@ mod tests {
         };
         let (asked, (first, second)) = tokio::join!(sentinel(&controls, "node1", 1, Answer::Accepted), twice);
         for seen in [first, second] {
-            assert!(seen.beside && seen.probes.iter().all(|probe| probe.answer == Answer::Accepted));
+            assert!(seen.beside == Beside::Told && seen.probes.iter().all(|probe| probe.answer == Answer::Accepted));
         }
         let elsewhere = controls.look(Some("node2"), &both).await;
-        assert!(!elsewhere.beside && elsewhere.probes.iter().all(|probe| probe.answer == Answer::Refused));
+        assert!(elsewhere.beside == Beside::Absent && elsewhere.probes.iter().all(|probe| probe.answer == Answer::Refused));
         assert_eq!(asked[0].endpoints, both);
     }
 
@@ -249,23 +272,33 @@ mod tests {
             controls.look(Some("node1"), &open).await
         };
         let (_, seen) = tokio::join!(sentinel(&controls, "node1", 1, Answer::Silent), look);
-        assert!(seen.beside && seen.probes[0].answer == Answer::Accepted);
+        assert!(seen.beside == Beside::Told && seen.probes[0].answer == Answer::Accepted);
     }
 
     #[tokio::test]
-    async fn a_sentinel_that_does_not_answer_is_waited_for_once() {
+    async fn a_sentinel_that_does_not_answer_is_waited_for_once_and_is_late_before_it_is_gone() {
         let controls = Controls::default();
+        let beside = async || controls.look(Some("node1"), &[endpoint(1)]).await.beside;
         let look = async {
             there(&controls, "node1").await;
             let began = Instant::now();
-            assert!(!controls.look(Some("node1"), &[endpoint(1)]).await.beside);
+            assert_eq!(beside().await, Beside::Late);
             began.elapsed()
         };
         let (_, took) = tokio::join!(controls.serve("node1", None), look);
         assert!(took >= PATIENCE);
         let began = Instant::now();
-        assert!(!controls.look(Some("node1"), &[endpoint(1)]).await.beside);
-        assert!(began.elapsed() < PATIENCE, "it is known not to be there");
+        assert_eq!(beside().await, Beside::Late);
+        assert!(began.elapsed() < PATIENCE, "it is known not to answer");
+        let sentinel = lock(&controls.nodes).get("node1").cloned().expect("it was there");
+        lock(&sentinel.asked).late = Instant::now().checked_sub(LATE);
+        assert_eq!(beside().await, Beside::Absent);
+        // It comes back.
+        let (_, back) = tokio::join!(self::sentinel(&controls, "node1", 1, Answer::Silent), async {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            beside().await
+        });
+        assert_eq!(back, Beside::Told);
     }
 
     #[tokio::test]
@@ -283,7 +316,8 @@ mod tests {
                 controls.look(Some("node1"), &[endpoint(1)]).await
             };
             let ((), seen) = tokio::join!(wrong, look);
-            assert!(!seen.beside, "{off} {length}");
+            let beside = if off == 0 { Beside::Absent } else { Beside::Late };
+            assert_eq!(seen.beside, beside, "{off} {length}");
         }
     }
 }

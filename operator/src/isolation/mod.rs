@@ -11,7 +11,7 @@ mod targets;
 
 pub(crate) use cilium::{CiliumNetworkPolicy, cilium_policies, is_host_name};
 pub(crate) use cluster_wide::{Dialect, cluster_wide_denial};
-pub(crate) use controls::Controls;
+pub(crate) use controls::{Beside, Controls};
 pub(crate) use endpoints::covers_metadata;
 pub(crate) use facts::{ClusterFacts, nameservers};
 pub(crate) use names::Names;

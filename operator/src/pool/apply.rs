@@ -271,7 +271,8 @@ async fn note_failure(ctx: &Context, pool: &Pool, handle: &PoolHandle, deletion:
     let now = ctx.now();
     {
         let mut state = handle.state();
-        if deletion.start_failure {
+        // Runners that were made together fail together: that is one failure. Before the pause ends no other is made.
+        if deletion.start_failure && state.not_before.is_none_or(|pause| pause <= now) {
             let factor = 2_i32.saturating_pow(state.start_failures.min(8));
             state.start_failures = state.start_failures.saturating_add(1);
             state.not_before = Some(now + BACKOFF_FIRST.saturating_mul(factor).min(BACKOFF_LONGEST));

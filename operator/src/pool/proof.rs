@@ -17,7 +17,7 @@ use super::controller::Context;
 use super::nodes::PoolNode;
 use super::registry::{PoolHandle, PoolState};
 use crate::audit::Action;
-use crate::isolation::{Surroundings, WHOLE, challenge, forbidden};
+use crate::isolation::{Beside, Surroundings, WHOLE, challenge, forbidden};
 use crate::kube_io::stored_time;
 use crate::runner::Reason;
 
@@ -226,7 +226,8 @@ pub(super) fn wanted(ctx: &Context, handle: &PoolHandle) -> Vec<String> {
     wanted
 }
 
-/// What a gate is to try. `None` where that cannot be told yet: the pool's policies were not applied, or the pod's node is not known.
+/// What a gate is to try. `None` where that cannot be told yet: the pool's policies were not applied, the pod's node is not known, or the
+/// sentinel on it owes an answer.
 ///
 /// # Errors
 /// When the list of metadata endpoints cannot be read.
@@ -240,7 +241,12 @@ pub(crate) async fn ask(ctx: &Context, handle: &PoolHandle, pod: &Pod) -> Result
     let endpoints: Vec<Endpoint> = forbidden.iter().map(|(_, endpoint)| *endpoint).collect();
     let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref());
     let seen = ctx.controls.look(node, &endpoints).await;
-    let control = if seen.beside { Control::Node } else { Control::Operator };
+    let control = match seen.beside {
+        Beside::Told => Control::Node,
+        Beside::Absent => Control::Operator,
+        // Without it the pod's silence may show nothing, and the pod would be lost for it.
+        Beside::Late => return Ok(None),
+    };
     let gate = gate(ctx).await;
     let mut state = handle.state();
     let Some(policies) = state.policies_mark() else { return Ok(None) };

@@ -166,7 +166,7 @@ fn reachable(pool: Option<&Pool>) -> Verdict {
 fn ready(state: &PoolState) -> Verdict {
     match &state.last_failure {
         Some(failure) if state.start_failures > 0 => {
-            let message = format!("{} runner(s) in a row did not start; the last: {}", state.start_failures, failure.message);
+            let message = format!("runners did not start {} time(s) in a row; the last: {}", state.start_failures, failure.message);
             Verdict::no(conditions::READY, reasons::PODS_FAIL, message)
         }
         _ => Verdict::yes(conditions::READY, reasons::OK, "jobs are served"),

@@ -113,7 +113,9 @@ async fn challenge(State(api): State<Arc<GateApi>>, headers: HeaderMap) -> Resul
     let (_, pod, handle) = caller(&api, &headers).await?;
     match pool::ask(&api.ctx, &handle, &pod).await {
         Ok(Some(challenge)) => Ok(Json(challenge)),
-        Ok(None) => Err(Refusal(StatusCode::SERVICE_UNAVAILABLE, "the pool's policies or the pod's node are not known yet")),
+        Ok(None) => {
+            Err(Refusal(StatusCode::SERVICE_UNAVAILABLE, "the pool's policies, the pod's node or what answers there are not known yet"))
+        }
         Err(error) => {
             tracing::error!(error, "the list of metadata endpoints");
             Err(Refusal(StatusCode::SERVICE_UNAVAILABLE, "the operator has nothing to try"))

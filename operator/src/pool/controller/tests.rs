@@ -9,6 +9,7 @@ use super::*;
 use crate::audit::tests::Memory;
 use crate::cli::{Cli, Command};
 use crate::forge::http_client;
+use crate::isolation::Beside;
 use crate::kube_io::scripted::{Answer, Server};
 use crate::pool::plan::Deletion;
 use crate::pool::registry::Spawned;
@@ -169,33 +170,58 @@ async fn a_pool_that_goes_waits_for_its_pods_and_only_then_lets_its_finalizer_go
     assert!(server.calls()[0].body.to_string().contains("remove"), "{:?}", server.calls());
 }
 
-#[tokio::test]
-async fn a_deletion_the_api_server_refuses_is_not_told_as_done() {
-    let server = Server::new([Answer::Refusal(500, "InternalError")]);
-    let ctx = context(&server, &[]);
+/// A pool of which these pods did not start, and the plan to delete them.
+fn pods_that_did_not_start(ctx: &Context, names: &[&str]) -> (Pool, Arc<PoolHandle>, Plan) {
     let gitea =
         json!({"url": "https://git.example", "scope": {"organization": "acme"}, "tokenSecretRef": {"name": "t"}, "labels": ["linux"]});
     let pool = crate::pool::validate::tests::runner_pool(&json!({"forge": {"gitea": gitea}}).to_string());
     let pool = validate(&pool).expect("valid");
     let handle = ctx.registry.open(&pool.key, &pool.uid);
-    let waits =
-        Spawned { uid: "uid-p".to_owned(), created: ctx.now(), seen: true, asked: None, registering: None, burnt: None, only_on: None };
-    handle.state().spawned.insert("p".to_owned(), waits);
-    let deletion = Deletion {
-        name: "p".to_owned(),
-        uid: "uid-p".to_owned(),
-        grace: 1,
-        deregister: false,
-        unless_taken: false,
-        failure: Some(Reason::new("StartDeadlineExceeded", "late")),
-        start_failure: true,
-    };
-    let plan = Plan { delete: vec![deletion], ..Plan::default() };
+    let delete = names.iter().map(|name| {
+        let uid = format!("uid-{name}");
+        let waits =
+            Spawned { uid: uid.clone(), created: ctx.now(), seen: true, asked: None, registering: None, burnt: None, only_on: None };
+        handle.state().spawned.insert((*name).to_owned(), waits);
+        Deletion {
+            name: (*name).to_owned(),
+            uid,
+            grace: 1,
+            deregister: false,
+            unless_taken: false,
+            failure: Some(Reason::new("StartDeadlineExceeded", "late")),
+            start_failure: true,
+        }
+    });
+    let plan = Plan { delete: delete.collect(), ..Plan::default() };
+    (pool, handle, plan)
+}
+
+#[tokio::test]
+async fn a_deletion_the_api_server_refuses_is_not_told_as_done() {
+    let server = Server::new([Answer::Refusal(500, "InternalError")]);
+    let ctx = context(&server, &[]);
+    let (pool, handle, plan) = pods_that_did_not_start(&ctx, &["p"]);
     apply::apply_blind(&ctx, &pool, &handle, &plan).await;
     assert_eq!(what(&server), ["DELETE /api/v1/namespaces/team/pods/p"], "no event about what did not happen");
     let state = handle.state();
     assert!(state.spawned.contains_key("p"), "the pod is still ours");
     assert_eq!((state.start_failures, state.last_failure.as_ref()), (0, None));
+}
+
+#[tokio::test]
+async fn runners_that_were_made_together_and_did_not_start_are_one_failure() {
+    // A deletion and an event for each.
+    let server = Server::new((0..8).map(|_| Answer::Object(json!({"kind": "Pod", "metadata": {}}))));
+    let ctx = context(&server, &[]);
+    let (pool, handle, plan) = pods_that_did_not_start(&ctx, &["p", "q", "r"]);
+    apply::apply_blind(&ctx, &pool, &handle, &plan).await;
+    let pause = handle.state().not_before.expect("a pause");
+    assert_eq!(handle.state().start_failures, 1);
+    assert!(pause.duration_since(ctx.now()) <= SignedDuration::from_secs(5));
+    handle.state().not_before = Some(ctx.now());
+    let (pool, handle, plan) = pods_that_did_not_start(&ctx, &["s"]);
+    apply::apply_blind(&ctx, &pool, &handle, &plan).await;
+    assert_eq!(handle.state().start_failures, 2, "that was after the pause");
 }
 
 #[tokio::test]
@@ -232,7 +258,7 @@ async fn only_a_sentinel_tells_what_answers_on_its_node_and_only_of_its_own() {
     let look = async {
         loop {
             // It asks once the sentinel is there, which does not tell what it found.
-            assert!(!ctx.controls.look(Some("node1"), &[endpoint]).await.beside);
+            assert_ne!(ctx.controls.look(Some("node1"), &[endpoint]).await.beside, Beside::Told);
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
         }
     };
