@@ -209,7 +209,7 @@ struct Writer {
     thread: Option<JoinHandle<()>>,
 }
 
-/// What waits for the writer. It is bounded by those who write: each waits for its record.
+/// What waits for the writer: for those who wait for their records, and for those who gave up since the sink answered last.
 #[derive(Default)]
 struct Queue {
     state: Mutex<State>,
