@@ -6,6 +6,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -40,6 +41,8 @@ const SENTINEL: &str = "mayfly-sentinel";
 const CALL: Duration = Duration::from_secs(70);
 /// After a call that failed.
 const PAUSE: Duration = Duration::from_millis(200);
+/// Between two proofs while a job runs, as the gate has it.
+const PROVE_EVERY: Duration = Duration::from_secs(15);
 /// How long the tokens are good for, in seconds.
 const TOKEN_LIFE: i64 = 3_600;
 
@@ -238,7 +241,10 @@ impl GateApi {
         std::thread::scope(|scope| {
             // Where a runner has hooks, its first step waits for this.
             scope.spawn(|| while self.ask("/v1/job", token, b"", &[200, 204]).is_ok_and(|reply| reply.status == 204) {});
+            let (running, over) = mpsc::channel::<()>();
+            scope.spawn(move || while over.recv_timeout(PROVE_EVERY) == Err(RecvTimeoutError::Timeout) && self.prove(token).is_ok() {});
             runner::run(registration.trim(), &options);
+            drop(running);
             // The pod may be gone by now: the forge's word is faster than this.
             let _ = self.ask("/v1/ended", token, b"", &[204]);
         });

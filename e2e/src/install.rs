@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use mayfly_cluster::builder::{self, Selection};
@@ -23,6 +25,11 @@ const AUTHORITY: &str = "mayfly-e2e-authority";
 
 /// Secret with which the broker signs for an App, by Vault's transit engine.
 const SIGNER: &str = "mayfly-e2e-signer";
+
+/// For half a minute after its start, an API server does not know the resources that policies take parameters from, and admits nothing that
+/// such a policy is about.
+const STARTING: &str = "failed to find resource referenced by paramKind";
+const STARTED: Duration = Duration::from_secs(60);
 
 /// The cluster tool's names for the runners' images.
 const RUNNER_IMAGES: [&str; 2] = ["image-gitea-runner", "image-gitea-runner-with-boto3"];
@@ -128,7 +135,13 @@ fn helm(cluster: &Cluster, release: &[String], values: &[String]) -> Result<()> 
     for value in values {
         helm.args(["--set-string", value]);
     }
-    run(&mut helm)
+    let began = Instant::now();
+    loop {
+        match run(&mut helm) {
+            Err(error) if format!("{error:#}").contains(STARTING) && began.elapsed() < STARTED => thread::sleep(Duration::from_secs(2)),
+            done => return done,
+        }
+    }
 }
 
 /// Builds one image; its tag is a hash of the binary, so that an unchanged one restarts nothing.

@@ -3,6 +3,7 @@
 mod audit;
 mod cli;
 mod credentials;
+mod digest;
 mod forge;
 mod gc;
 mod isolation;

@@ -14,8 +14,9 @@ use data_encoding::HEXLOWER;
 use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 use tokio::sync::oneshot;
+
+use crate::digest::sha256;
 
 mod read;
 mod sink;
@@ -29,6 +30,8 @@ const VERSION: u32 = 1;
 pub(crate) const GENESIS: &str = "0000000000000000000000000000000000000000000000000000000000000000";
 /// Most events that a sink is given at once.
 const AT_ONCE: usize = 256;
+/// Most events that wait for a sink that hangs.
+const MOST: usize = 10_000;
 /// What the line ends with, around the hash: it is taken away to compute the hash.
 const HASH: &str = r#","hash":""#;
 
@@ -183,6 +186,9 @@ pub(crate) enum AuditError {
     /// It cannot be written as JSON.
     #[error("the audit record cannot be written as JSON: {0}")]
     Json(#[from] serde_json::Error),
+    /// The sink hangs.
+    #[error("too many audit records wait to be written")]
+    Behind,
     /// The writer died.
     #[error("the audit writer ended")]
     Ended,
@@ -281,6 +287,9 @@ impl Audit {
         let queue = &*self.0.queue;
         let first = {
             let mut state = queue.state();
+            if state.waiting.len() >= MOST {
+                return Err(AuditError::Behind);
+            }
             state.waiting.push(Waiting { event, written });
             state.waiting.len() == 1
         };
@@ -339,7 +348,7 @@ pub(crate) fn uuid() -> String {
 }
 
 fn hash_of(body: &str) -> String {
-    HEXLOWER.encode(&Sha256::digest(body.as_bytes()))
+    HEXLOWER.encode(&sha256([body.as_bytes()]))
 }
 
 /// The hash of a line, if it is that of the line's content.

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use futures::FutureExt;
 use serde_json::json;
 
 use super::*;
@@ -214,6 +215,23 @@ async fn a_collector_has_a_record_when_it_says_so() {
     let _ = server.await;
     let error = audit.write(&event(5)).await.expect_err("nobody is there").to_string();
     assert!(!error.contains("/records"), "{error}");
+}
+
+#[tokio::test]
+async fn what_waits_for_a_sink_that_hangs_has_a_bound() {
+    let memory = Memory::default();
+    let audit = Audit::new(memory.clone());
+    let accepted = {
+        let _hangs = memory.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        // Whoever asks gives up at once. The writer has no more in hand than waits.
+        let told = |_: &usize| matches!(audit.write(&event(0)).now_or_never(), Some(Err(AuditError::Behind)));
+        (0..=2 * MOST).find(told).expect("an end")
+    };
+    // What happened is recorded even so.
+    while memory.records().len() < accepted {
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    audit.write(&event(0)).await.expect("there is room again");
 }
 
 #[tokio::test]

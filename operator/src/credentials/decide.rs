@@ -1,11 +1,10 @@
 //! May this pod have this credential? One pure function: an ordered chain of small checks, each with a name, a reason for the binding's
 //! owner, and one of a few public codes for the caller, who learns nothing of the binding.
 
-use std::collections::BTreeMap;
-
 use mayfly_crds::{Chosen, Claim, CredentialBinding};
 use serde::{Deserialize, Serialize};
 
+use super::json::{Texts, texts};
 use super::matchers::{may_fit, mismatch};
 use super::replay::{Replay, Spent};
 use super::token::{Claims, LEEWAY};
@@ -226,20 +225,16 @@ pub(super) fn living_pod<'a>(presenter: Presenter<'_>, pod: Option<&'a PodFacts>
 }
 
 /// What the controller wrote down about the pod's job.
-pub(super) fn job_claims(pod: &PodFacts) -> Result<BTreeMap<String, String>, Denial> {
+pub(super) fn job_claims(pod: &PodFacts) -> Result<Texts<'_>, Denial> {
     let wait = |reason: &str| Denial::new(Check::Job, Public::TemporarilyUnavailable, reason);
     let refuse = |reason: &str| Denial::new(Check::Job, Public::InvalidTarget, reason);
     let text = pod.job_claims.as_deref().ok_or_else(|| wait("it is not known yet which job the pod runs"))?;
     if text.len() > MAX_JOB_CLAIMS {
         return Err(refuse("the record of the pod's job is too long"));
     }
-    let object = super::json::object(text.as_bytes()).map_err(|_| refuse("the record of the pod's job cannot be read"))?;
-    let mut claims = BTreeMap::new();
-    for (name, value) in object {
-        match value.as_str() {
-            Some(value) if !value.is_empty() => claims.insert(name, value.to_owned()),
-            _ => return Err(refuse("the record of the pod's job has a value that is no text")),
-        };
+    let claims = texts(text.as_bytes()).map_err(|_| refuse("the record of the pod's job cannot be read"))?;
+    if claims.values().any(|value| value.is_empty()) {
+        return Err(refuse("the record of the pod's job has an empty value"));
     }
     match NEEDED.iter().find(|name| !claims.contains_key(**name)) {
         Some(name) => Err(refuse(&format!("the record of the pod's job lacks {name}"))),
@@ -247,9 +242,9 @@ pub(super) fn job_claims(pod: &PodFacts) -> Result<BTreeMap<String, String>, Den
     }
 }
 
-fn same_job(token: &Claims, job: &BTreeMap<String, String>) -> Result<(), Denial> {
+fn same_job(token: &Claims, job: &Texts<'_>) -> Result<(), Denial> {
     let alarm = |reason: String| Denial::alarm(Check::Job, Public::InvalidTarget, reason);
-    if let Some((name, _)) = job.iter().find(|(name, value)| token.get(name) != Some(value.as_str())) {
+    if let Some((name, _)) = job.iter().find(|(name, value)| token.get(name) != Some(&**value)) {
         return Err(alarm(format!("the token is another job's: its claim {name} is not that of the job in this pod")));
     }
     match token.get(Claim::RunnerEnvironment.as_str()) {

@@ -1,11 +1,11 @@
 //! Why a job gets a credential or does not, for people: what the broker will look at, as far as the cluster tells. Decides nothing.
 
-use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use mayfly_crds::{Chosen, Claim, CredentialBinding, CredentialBindingSpec, DEFAULT_EVENTS, Matcher, NEVER_EVENTS};
 
 use super::decide::{PodFacts, Presenter, Public, job_claims, living_pod};
+use super::json::Texts;
 use super::matchers::fits;
 
 /// Whether one thing is as the binding asks for.
@@ -92,16 +92,15 @@ fn rows(spec: &CredentialBindingSpec, pod: &PodFacts) -> Vec<Row> {
     rows
 }
 
-fn claims(spec: &CredentialBindingSpec, known: &BTreeMap<String, String>) -> Vec<Row> {
-    let mut rows: Vec<Row> = spec.subject.claims.iter().map(|(name, matcher)| claim(name, matcher, known.get(name))).collect();
+fn claims(spec: &CredentialBindingSpec, known: &Texts<'_>) -> Vec<Row> {
+    let mut rows: Vec<Row> =
+        spec.subject.claims.iter().map(|(name, matcher)| claim(name, matcher, known.get(name.as_str()).map(AsRef::as_ref))).collect();
     let event = Claim::EventName.as_str();
     if !spec.subject.claims.contains_key(event) {
         let taken = DEFAULT_EVENTS.join(", ");
-        rows.push(match known.get(event) {
-            Some(value) if DEFAULT_EVENTS.contains(&value.as_str()) => {
-                Row { what: event.to_owned(), answer: Answer::Yes, why: value.clone() }
-            }
-            Some(value) if NEVER_EVENTS.contains(&value.as_str()) => {
+        rows.push(match known.get(event).map(AsRef::as_ref) {
+            Some(value) if DEFAULT_EVENTS.contains(&value) => Row { what: event.to_owned(), answer: Answer::Yes, why: value.to_owned() },
+            Some(value) if NEVER_EVENTS.contains(&value) => {
                 Row { what: event.to_owned(), answer: Answer::No, why: format!("{value} is never taken") }
             }
             Some(value) => {
@@ -113,7 +112,7 @@ fn claims(spec: &CredentialBindingSpec, known: &BTreeMap<String, String>) -> Vec
     rows
 }
 
-fn claim(name: &str, matcher: &Matcher, value: Option<&String>) -> Row {
+fn claim(name: &str, matcher: &Matcher, value: Option<&str>) -> Row {
     let wanted = match matcher {
         Matcher { exact: Some(exact), .. } => exact.clone(),
         Matcher { one_of: Some(list), .. } => format!("one of {}", list.join(", ")),
@@ -121,7 +120,7 @@ fn claim(name: &str, matcher: &Matcher, value: Option<&String>) -> Row {
         _ => "nothing".to_owned(),
     };
     let (answer, why) = match value {
-        Some(value) if fits(matcher, value) => (Answer::Yes, value.clone()),
+        Some(value) if fits(matcher, value) => (Answer::Yes, value.to_owned()),
         Some(value) => (Answer::No, format!("{value}; the binding asks for {wanted}")),
         None => (Answer::Open, format!("only the job's token says; the binding asks for {wanted}")),
     };

@@ -1,7 +1,10 @@
 //! JSON of strangers: names that come twice are refused, as two readers could take different ones (RFC 8725, section 2.4).
 
+use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fmt;
 
+use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
@@ -13,6 +16,40 @@ pub(crate) fn object(bytes: &[u8]) -> Result<Map<String, Value>, &'static str> {
     match value {
         Value::Object(object) => Ok(object),
         _ => Err("not a JSON object"),
+    }
+}
+
+/// Texts by name. What needs no unescaping is not copied.
+pub(crate) type Texts<'a> = BTreeMap<Cow<'a, str>, Cow<'a, str>>;
+
+/// Reads one object of texts, to the last byte.
+pub(crate) fn texts(bytes: &[u8]) -> Result<Texts<'_>, &'static str> {
+    let mut reader = serde_json::Deserializer::from_slice(bytes);
+    let texts = reader.deserialize_map(StrictTexts).map_err(|_| "no JSON object of texts, or a name comes twice")?;
+    reader.end().map_err(|_| "something follows the JSON")?;
+    Ok(texts)
+}
+
+struct StrictTexts;
+
+#[derive(Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
+impl<'de> Visitor<'de> for StrictTexts {
+    type Value = Texts<'de>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object of texts")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Texts<'de>, A::Error> {
+        let mut texts = Texts::new();
+        while let Some((Text(name), Text(value))) = map.next_entry()? {
+            if texts.insert(name, value).is_some() {
+                return Err(A::Error::custom("a name comes twice"));
+            }
+        }
+        Ok(texts)
     }
 }
 
@@ -88,14 +125,29 @@ mod tests {
         for text in
             [r#"{"a":1,"a":2}"#, r#"{"x":{"a":1,"a":1}}"#, r#"{"x":[{"a":1,"\u0061":1}]}"#, r#"{"a":1} x"#, "[]", "1", "", "\u{feff}{}"]
         {
-            assert!(object(text.as_bytes()).is_err(), "{text}");
+            assert!(object(text.as_bytes()).is_err() && texts(text.as_bytes()).is_err(), "{text}");
         }
         assert!(object(b"{\"a\":\"\xff\"}").is_err(), "bad UTF-8");
         assert!(object("[".repeat(100_000).as_bytes()).is_err(), "deep");
         assert!(object(format!("{{\"a\":{}{}}}", "[".repeat(10_000), "]".repeat(10_000)).as_bytes()).is_err(), "deep");
     }
 
+    #[test]
+    fn texts_are_texts() {
+        for text in [r#"{"a":1}"#, r#"{"a":null}"#, r#"{"a":["b"]}"#, r#"{"a":"b","a":"b"}"#, r#"{"a":"b","\u0061":"b"}"#, r#"{"a":"b"} x"#]
+        {
+            assert!(texts(text.as_bytes()).is_err(), "{text}");
+        }
+    }
+
     proptest! {
+        #[test]
+        fn texts_are_what_serde_reads(known: BTreeMap<String, String>) {
+            let written = serde_json::to_vec(&known).expect("JSON");
+            let read = texts(&written).expect("texts");
+            prop_assert!(read.iter().eq(known.iter()));
+        }
+
         #[test]
         fn what_it_reads_is_what_serde_reads(names in proptest::collection::btree_set("[a-z]{1,4}", 0..6), numbers: [u64; 6], text: String) {
             let mut value = Map::new();

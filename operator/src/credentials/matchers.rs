@@ -1,9 +1,8 @@
 //! Whether a token's claims are what a binding asks for.
 
-use std::collections::BTreeMap;
-
 use mayfly_crds::{Claim, CredentialBindingSpec, DEFAULT_EVENTS, Matcher, NEVER_EVENTS};
 
+use super::json::Texts;
 use super::token::Claims;
 
 /// The first claim that is not what the binding asks for. Events are looked at in any case: a binding that names none takes those that
@@ -17,9 +16,9 @@ pub(crate) fn mismatch(spec: &CredentialBindingSpec, claims: &Claims) -> Option<
 }
 
 /// Whether the binding may be for a job of which only these claims are known. What is not known may fit.
-pub(crate) fn may_fit(spec: &CredentialBindingSpec, known: &BTreeMap<String, String>) -> bool {
+pub(crate) fn may_fit(spec: &CredentialBindingSpec, known: &Texts<'_>) -> bool {
     known.get(Claim::EventName.as_str()).is_none_or(|event| takes_event(spec, event))
-        && spec.subject.claims.iter().all(|(name, matcher)| known.get(name).is_none_or(|value| fits(matcher, value)))
+        && spec.subject.claims.iter().all(|(name, matcher)| known.get(name.as_str()).is_none_or(|value| fits(matcher, value)))
 }
 
 /// Whether the binding takes jobs that this event started, as far as its matcher for events is not concerned.

@@ -3,9 +3,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use sha2::{Digest, Sha256};
-
 use super::token::LEEWAY;
+use crate::digest::sha256;
 
 /// What a token is known by (see [`super::token::Claims::spent_as`]).
 pub(crate) type SpentKey = [u8; 32];
@@ -80,7 +79,7 @@ impl Replay {
 }
 
 fn short(name: &str) -> [u8; 16] {
-    let digest = Sha256::digest(name.as_bytes());
+    let digest = sha256([name.as_bytes()]);
     let mut short = [0; 16];
     short.copy_from_slice(&digest[..16]);
     short

@@ -3,17 +3,15 @@
 //! The profile is narrower than the standards (RFC 7515, 7519, 8725; OpenID Connect Core 3.1.3.7): compact form, one signature, one of two
 //! algorithms that the operator's configuration names for the issuer, a key that the token names and the issuer published, one audience.
 
-use std::collections::BTreeMap;
-
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use data_encoding::HEXLOWER;
 use serde::Deserialize;
 use serde_json::{Map, Value};
-use sha2::{Digest, Sha256};
 
 use super::json;
 use super::keys::Key;
+use crate::digest::sha256;
 
 /// Longest token looked at, in bytes.
 pub(crate) const MAX_TOKEN: usize = 16 << 10;
@@ -74,22 +72,20 @@ pub(crate) struct Claims {
     pub(crate) jti: Option<String>,
     /// SHA-256 of what is signed: the same for every spelling of the signature.
     pub(crate) digest: [u8; 32],
-    /// Every claim that is a text, a whole number or a truth value, as text.
-    pub(crate) all: BTreeMap<String, String>,
+    /// Every claim that is a text, a whole number or a truth value, as text; the others without a value.
+    pub(crate) all: Map<String, Value>,
 }
 
 impl Claims {
     /// A claim as text.
     pub(crate) fn get(&self, name: &str) -> Option<&str> {
-        self.all.get(name).map(String::as_str)
+        self.all.get(name).and_then(Value::as_str)
     }
 
     /// By what the token is known once it is spent: issuer and `jti`, or the digest where the forge gives no `jti`.
     pub(crate) fn spent_as(&self) -> [u8; 32] {
         match &self.jti {
-            Some(jti) => {
-                Sha256::new().chain_update(self.issuer.as_bytes()).chain_update([0]).chain_update(jti.as_bytes()).finalize().into()
-            }
+            Some(jti) => sha256([self.issuer.as_bytes(), &[0], jti.as_bytes()]),
             None => self.digest,
         }
     }
@@ -168,8 +164,9 @@ impl<'a> Unverified<'a> {
             Some(Value::String(jti)) if !jti.is_empty() && jti.len() <= MAX_ID => Some(jti.clone()),
             Some(_) => return Err(TokenError("jti is no text of a sound length")),
         };
-        let digest = Sha256::digest(self.signed.as_bytes()).into();
-        let all = self.claims.into_iter().filter_map(|(name, value)| Some((name, plain(value)?))).collect();
+        let digest = sha256([self.signed.as_bytes()]);
+        let mut all = self.claims;
+        all.values_mut().for_each(|value| *value = plain(value.take()));
         Ok(Claims { issuer: self.issuer, audience, subject, issued, expires, jti, digest, all })
     }
 }
@@ -219,12 +216,12 @@ fn times(claims: &Map<String, Value>, max_age: i64, now: i64) -> Result<(i64, i6
 
 /// A value as text. What is neither text nor a whole number nor a truth value has none; a number that does not fit 64 bits was read as a
 /// fraction, so that it has none either, rather than a wrong one.
-fn plain(value: Value) -> Option<String> {
+fn plain(value: Value) -> Value {
     match value {
-        Value::String(text) => Some(text),
-        Value::Bool(truth) => Some(truth.to_string()),
-        Value::Number(number) if number.is_i64() || number.is_u64() => Some(number.to_string()),
-        _ => None,
+        Value::String(_) => value,
+        Value::Bool(truth) => Value::String(truth.to_string()),
+        Value::Number(number) if number.is_i64() || number.is_u64() => Value::String(number.to_string()),
+        _ => Value::Null,
     }
 }
 

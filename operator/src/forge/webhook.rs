@@ -4,9 +4,8 @@
 //! deliveries"). The number of a delivery (`X-GitHub-Delivery`) is not signed, so that it cannot tell one that is played again: a hint that
 //! comes again has to be harmless.
 
-use hmac::{Hmac, Mac};
+use aws_lc_rs::hmac::{self, HMAC_SHA256, Key};
 use serde::Deserialize;
-use sha2::Sha256;
 
 use super::{Repository, Secret};
 
@@ -34,9 +33,8 @@ pub(crate) fn verify(secret: &Secret, signature: Option<&[u8]>, body: &[u8]) -> 
     if secret.reveal().is_empty() {
         return Err(Refusal::WrongSignature);
     }
-    let mut mac = Hmac::<Sha256>::new_from_slice(secret.reveal().as_bytes()).map_err(|_| Refusal::WrongSignature)?;
-    mac.update(body);
-    mac.verify_slice(&digest).map_err(|_| Refusal::WrongSignature)
+    let key = Key::new(HMAC_SHA256, secret.reveal().as_bytes());
+    hmac::verify(&key, body, &digest).map_err(|_| Refusal::WrongSignature)
 }
 
 fn from_hex(hex: &[u8]) -> Option<Vec<u8>> {

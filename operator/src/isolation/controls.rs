@@ -5,27 +5,26 @@
 //! counts is the more open answer of the two.
 
 use std::collections::HashMap;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use mayfly_proof::{Answer, Endpoint, Look, Looked, Probe, probe};
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::Notify;
 
-/// How long an answer counts as one of a moment ago.
+/// How long an answer counts as one of a moment ago, from when it was asked for.
 const FRESH: Duration = Duration::from_secs(10);
 /// How long an answer is waited for.
 const PATIENCE: Duration = Duration::from_millis(400);
-/// How long a sentinel may take beyond that.
+/// How long those who ask wait for a sentinel beyond that. Its answer is taken later as well.
 const ON_THE_WAY: Duration = Duration::from_millis(600);
 /// How long a sentinel's question for something to try is kept open.
 const OPEN: Duration = Duration::from_secs(50);
-/// A sentinel that has not asked for this long is not there.
+/// A sentinel that was not heard for this long is not there. Before, one that owes an answer is late: on a busy node that says nothing.
 const GONE: Duration = Duration::from_secs(60);
-/// Nor is one that owes an answer for this long. Before, it is late: on a busy node that says nothing.
-const LATE: Duration = Duration::from_secs(10);
 const SILENCE: Probe = Probe { answer: Answer::Silent, took: PATIENCE };
 
-/// What was answered, and when.
+/// What was answered, and since when it was asked for.
 #[derive(Default)]
 struct Answers(HashMap<Endpoint, (Probe, Instant)>);
 
@@ -37,9 +36,8 @@ impl Answers {
         endpoints.iter().filter(|endpoint| !self.0.contains_key(endpoint)).copied().collect()
     }
 
-    fn keep(&mut self, endpoints: Vec<Endpoint>, probes: Vec<Probe>) {
-        let now = Instant::now();
-        self.0.extend(endpoints.into_iter().zip(probes).map(|(endpoint, probe)| (endpoint, (probe, now))));
+    fn keep(&mut self, endpoints: Vec<Endpoint>, probes: Vec<Probe>, at: Instant) {
+        self.0.extend(endpoints.into_iter().zip(probes).map(|(endpoint, probe)| (endpoint, (probe, at))));
     }
 
     fn of(&self, endpoint: &Endpoint) -> Probe {
@@ -47,7 +45,7 @@ impl Answers {
     }
 }
 
-/// All controls. Whoever looks holds the lock of a control: those who come meanwhile find the result.
+/// All controls. Each is asked one thing at a time, and those who come meanwhile find the result.
 #[derive(Default)]
 pub(crate) struct Controls {
     own: tokio::sync::Mutex<Answers>,
@@ -76,22 +74,27 @@ pub(crate) struct Seen {
 /// The sentinel on one node.
 #[derive(Default)]
 struct Sentinel {
-    answers: tokio::sync::Mutex<Answers>,
-    asked: Mutex<Asked>,
-    news: Notify,
+    known: Mutex<Known>,
+    /// There is a question.
+    asked: Notify,
+    /// A question was answered.
+    told: Notify,
 }
 
 #[derive(Default)]
-struct Asked {
+struct Known {
+    answers: Answers,
     number: u64,
-    /// Not fetched yet.
-    look: Option<Look>,
-    /// Who waits for the answer.
-    waits: Option<oneshot::Sender<Vec<Probe>>>,
+    /// It stays until it is answered: a sentinel that begins anew gets it again.
+    question: Option<Question>,
     /// When a sentinel was there last.
     there: Option<Instant>,
-    /// Since when it owes an answer, and has not been there.
-    late: Option<Instant>,
+}
+
+struct Question {
+    look: Look,
+    /// When a sentinel got it first.
+    fetched: Option<Instant>,
 }
 
 impl Controls {
@@ -117,10 +120,10 @@ impl Controls {
         let mut known = self.own.lock().await;
         let stale = known.stale(endpoints);
         if !stale.is_empty() {
-            let tried = stale.clone();
+            let (tried, at) = (stale.clone(), Instant::now());
             // A task that died shows nothing, and so do endpoints without an answer.
             let probes = tokio::task::spawn_blocking(move || probe(&tried, PATIENCE)).await.unwrap_or_default();
-            known.keep(stale, probes);
+            known.keep(stale, probes, at);
         }
         endpoints.iter().map(|endpoint| known.of(endpoint)).collect()
     }
@@ -128,7 +131,9 @@ impl Controls {
     /// A sentinel on this node tells what it found, if it was asked, and gets what it is to try next. `None`: nothing for now.
     pub(crate) async fn serve(&self, node: &str, found: Option<Looked>) -> Option<Look> {
         let sentinel = lock(&self.nodes).entry(node.to_owned()).or_default().clone();
-        sentinel.there(found);
+        if let Some(took) = sentinel.there(found).filter(|took| *took >= FRESH) {
+            tracing::warn!(node, seconds = took.as_secs(), "the node's sentinel answers too late: no pod proves its isolation there");
+        }
         let look = tokio::time::timeout(OPEN, sentinel.next()).await;
         sentinel.there(None);
         look.ok()
@@ -136,65 +141,65 @@ impl Controls {
 }
 
 impl Sentinel {
-    fn there(&self, found: Option<Looked>) {
-        let mut asked = lock(&self.asked);
-        (asked.there, asked.late) = (Some(Instant::now()), None);
-        if let Some(found) = found.filter(|found| found.number == asked.number)
-            && let Some(waits) = asked.waits.take()
-        {
-            // Who waited may have given up.
-            let _ = waits.send(found.probes);
+    /// It was heard. With an answer to the open question comes how long it took.
+    fn there(&self, found: Option<Looked>) -> Option<Duration> {
+        let now = Instant::now();
+        let mut known = lock(&self.known);
+        known.there = Some(now);
+        let found = found?;
+        let Question { look, fetched } = known.question.take_if(|question| question.look.number == found.number)?;
+        let at = fetched.unwrap_or(now);
+        if found.probes.len() == look.endpoints.len() {
+            known.answers.keep(look.endpoints, found.probes, at);
         }
+        self.told.notify_waiters();
+        Some(now.duration_since(at))
     }
 
     async fn next(&self) -> Look {
         loop {
-            if let Some(look) = lock(&self.asked).look.take() {
-                return look;
+            let mut asked = pin!(self.asked.notified());
+            asked.as_mut().enable();
+            if let Some(question) = &mut lock(&self.known).question {
+                question.fetched.get_or_insert_with(Instant::now);
+                return question.look.clone();
             }
-            self.news.notified().await;
+            asked.await;
         }
     }
 
-    /// An error where it does not tell.
+    /// An error where it does not tell in time. What it is asked stays open: who comes back finds the answer.
     async fn look(&self, endpoints: &[Endpoint]) -> Result<Vec<Probe>, Beside> {
-        let mut known = self.answers.lock().await;
-        let stale = known.stale(endpoints);
-        if !stale.is_empty() {
-            let probes = self.ask(&stale).await?;
-            if probes.len() != stale.len() {
-                return Err(Beside::Absent);
+        let told = async {
+            loop {
+                let mut told = pin!(self.told.notified());
+                told.as_mut().enable();
+                if let Some(known) = self.known_or_asked(endpoints) {
+                    return known;
+                }
+                told.await;
             }
-            known.keep(stale, probes);
-        }
-        Ok(endpoints.iter().map(|endpoint| known.of(endpoint)).collect())
+        };
+        tokio::time::timeout(PATIENCE + ON_THE_WAY, told).await.unwrap_or(Err(Beside::Late))
     }
 
-    async fn ask(&self, endpoints: &[Endpoint]) -> Result<Vec<Probe>, Beside> {
-        let (tell, told) = oneshot::channel();
-        {
-            let mut asked = lock(&self.asked);
-            if asked.there.is_none_or(|there| there.elapsed() >= GONE) {
-                return Err(Beside::Absent);
-            }
-            if let Some(late) = asked.late {
-                // Nobody waits for it again until it is there.
-                return Err(if late.elapsed() < LATE { Beside::Late } else { Beside::Absent });
-            }
-            asked.number += 1;
+    /// What is known of a moment ago. `None`: a question is open.
+    fn known_or_asked(&self, endpoints: &[Endpoint]) -> Option<Result<Vec<Probe>, Beside>> {
+        let mut known = lock(&self.known);
+        let stale = known.answers.stale(endpoints);
+        if stale.is_empty() {
+            return Some(Ok(endpoints.iter().map(|endpoint| known.answers.of(endpoint)).collect()));
+        }
+        if known.there.is_none_or(|there| there.elapsed() >= GONE) {
+            return Some(Err(Beside::Absent));
+        }
+        if known.question.is_none() {
+            known.number += 1;
             let patience_ms = u16::try_from(PATIENCE.as_millis()).unwrap_or(u16::MAX);
-            asked.look = Some(Look { number: asked.number, endpoints: endpoints.to_vec(), patience_ms });
-            asked.waits = Some(tell);
+            known.question = Some(Question { look: Look { number: known.number, endpoints: stale, patience_ms }, fetched: None });
+            self.asked.notify_waiters();
         }
-        self.news.notify_one();
-        match tokio::time::timeout(PATIENCE + ON_THE_WAY, told).await {
-            Ok(Ok(probes)) => Ok(probes),
-            _ => {
-                let mut asked = lock(&self.asked);
-                (asked.look, asked.waits, asked.late) = (None, None, Some(Instant::now()));
-                Err(Beside::Late)
-            }
-        }
+        None
     }
 }
 
@@ -240,7 +245,7 @@ mod tests {
     }
 
     async fn there(controls: &Controls, node: &str) {
-        while lock(&controls.nodes).get(node).is_none_or(|sentinel| lock(&sentinel.asked).there.is_none()) {
+        while lock(&controls.nodes).get(node).is_none_or(|sentinel| lock(&sentinel.known).there.is_none()) {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
@@ -276,29 +281,62 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_sentinel_that_does_not_answer_is_waited_for_once_and_is_late_before_it_is_gone() {
+    async fn a_late_answer_is_there_for_who_comes_back_and_what_is_never_answered_is_gone() {
         let controls = Controls::default();
-        let beside = async || controls.look(Some("node1"), &[endpoint(1)]).await.beside;
-        let look = async {
+        let asked = [endpoint(1)];
+        let beside = async || controls.look(Some("node1"), &asked).await.beside;
+        let late = async {
             there(&controls, "node1").await;
             let began = Instant::now();
             assert_eq!(beside().await, Beside::Late);
             began.elapsed()
         };
-        let (_, took) = tokio::join!(controls.serve("node1", None), look);
+        let (look, took) = tokio::join!(controls.serve("node1", None), late);
         assert!(took >= PATIENCE);
-        let began = Instant::now();
-        assert_eq!(beside().await, Beside::Late);
-        assert!(began.elapsed() < PATIENCE, "it is known not to answer");
+        let look = look.expect("a question");
+        // A sentinel that began anew is asked the same.
+        assert_eq!(controls.serve("node1", None).await.as_ref(), Some(&look));
+        let probe = Probe { answer: Answer::Accepted, took: Duration::ZERO };
+        let found = Looked { number: look.number, probes: vec![probe] };
+        let _ = tokio::time::timeout(Duration::from_millis(50), controls.serve("node1", Some(found))).await;
+        let seen = controls.look(Some("node1"), &asked).await;
+        assert_eq!((seen.beside, seen.probes[0].answer), (Beside::Told, Answer::Accepted));
+
         let sentinel = lock(&controls.nodes).get("node1").cloned().expect("it was there");
-        lock(&sentinel.asked).late = Instant::now().checked_sub(LATE);
+        let age = |by: Duration| {
+            let mut known = lock(&sentinel.known);
+            known.answers.0.values_mut().for_each(|(_, at)| *at -= by);
+            known.there = known.there.and_then(|there| there.checked_sub(by));
+        };
+        age(FRESH);
+        assert_eq!(beside().await, Beside::Late, "what was asked for too long ago does not count");
+        age(GONE);
         assert_eq!(beside().await, Beside::Absent);
-        // It comes back.
+        // It comes back, and answers what is still open.
         let (_, back) = tokio::join!(self::sentinel(&controls, "node1", 1, Answer::Silent), async {
             tokio::time::sleep(Duration::from_millis(50)).await;
             beside().await
         });
         assert_eq!(back, Beside::Told);
+    }
+
+    #[tokio::test]
+    async fn an_answer_is_as_old_as_its_question() {
+        let controls = Controls::default();
+        let asked = [endpoint(1)];
+        let look = async {
+            there(&controls, "node1").await;
+            controls.look(Some("node1"), &asked).await
+        };
+        let (question, _) = tokio::join!(controls.serve("node1", None), look);
+        let sentinel = lock(&controls.nodes).get("node1").cloned().expect("it was there");
+        if let Some(question) = &mut lock(&sentinel.known).question {
+            question.fetched = question.fetched.and_then(|fetched| fetched.checked_sub(FRESH));
+        }
+        let probe = Probe { answer: Answer::Accepted, took: Duration::ZERO };
+        let took = sentinel.there(Some(Looked { number: question.expect("a question").number, probes: vec![probe] }));
+        assert!(took.is_some_and(|took| took >= FRESH));
+        assert_eq!(controls.look(Some("node1"), &asked).await.beside, Beside::Late);
     }
 
     #[tokio::test]
@@ -316,8 +354,7 @@ mod tests {
                 controls.look(Some("node1"), &[endpoint(1)]).await
             };
             let ((), seen) = tokio::join!(wrong, look);
-            let beside = if off == 0 { Beside::Absent } else { Beside::Late };
-            assert_eq!(seen.beside, beside, "{off} {length}");
+            assert_eq!(seen.beside, Beside::Late, "{off} {length}");
         }
     }
 }

@@ -20,7 +20,6 @@ use mayfly_crds::names::{
 use mayfly_crds::{Failure, RunnerPool};
 use serde::Serialize;
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
 use super::controller::Context;
 use super::dialects;
@@ -30,6 +29,7 @@ use super::proof;
 use super::registry::{PoolHandle, PoolKey, Spawned};
 use super::validate::Pool;
 use crate::audit::Action;
+use crate::digest::sha256;
 use crate::forge::{Forge, ForgeError, Job, Removal, RunnerKey, Secret};
 use crate::isolation::{ForgeAddress, network_policies};
 use crate::kube_io::stored_time;
@@ -102,7 +102,7 @@ fn is_stale(policy: &NetworkPolicy, pool: &Pool, wanted: &BTreeMap<String, Strin
 
 fn digest(policies: &impl Serialize) -> Result<String, String> {
     let json = serde_json::to_vec(policies).map_err(|error| error.to_string())?;
-    Ok(HEXLOWER.encode(&Sha256::digest(json)))
+    Ok(HEXLOWER.encode(&sha256([json.as_slice()])))
 }
 
 async fn forge_addresses(ctx: &Context, pool: &Pool, handle: &PoolHandle) -> Result<Vec<std::net::IpAddr>, String> {

@@ -38,6 +38,7 @@ use super::validate::{Pool, Source, Validated, validate};
 use crate::audit::{self, Audit};
 use crate::cli::Settings;
 use crate::forge::ForgeError;
+use crate::forge::gitea::Giteas;
 use crate::gc;
 use crate::isolation::{Controls, Names};
 use crate::issuer::Issuer;
@@ -66,6 +67,7 @@ pub(crate) struct Context {
     pub(crate) settings: Settings,
     pub(crate) io: KubeIo,
     pub(crate) http: reqwest::Client,
+    pub(crate) giteas: Giteas,
     pub(crate) metrics: Metrics,
     pub(crate) registry: Arc<Pools>,
     pub(crate) pools: Store<Guarded>,

@@ -21,7 +21,6 @@ use super::plan::{PodFacts, Role};
 use super::registry::{Link, OwedJob, PoolHandle, PoolState, Registered};
 use super::room::{Charge, Left, add_times, charge, left};
 use super::validate::{GitHubCredential, Pool, Source};
-use crate::forge::gitea::Gitea;
 use crate::forge::github::{self, GitHub, JustInTime};
 use crate::forge::{
     Forge, ForgeError, Job, JobId, JobKey, JobState, Reach, RegisteredRunner, Repository, Run, RunnerKey, ScaleSet, Secret, refused,
@@ -178,7 +177,7 @@ pub(super) fn link(
     }
     let (mut scale_set, mut just_in_time) = (None, None);
     let forge: Arc<dyn Forge> = match &pool.source {
-        Source::Gitea { scope, .. } => Arc::new(Gitea::new(ctx.http.clone(), &pool.url, scope.clone(), credential.secret().clone())),
+        Source::Gitea { scope, .. } => ctx.giteas.get(&ctx.http, &pool.url, scope, credential.secret()),
         Source::JustInTime { config, .. } => {
             let made = Arc::new(JustInTime::new(ctx.http.clone(), (**config).clone(), credential.clone(), no_forge_at));
             // What webhooks told before, or of another spec's jobs: it is looked up.

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use k8s_openapi::api::authentication::v1::{TokenReview, UserInfo};
 use mayfly_crds::names::RUNNER_SERVICE_ACCOUNT;
-use sha2::{Digest, Sha256};
 use tokio::sync::Semaphore;
 
+use crate::digest::sha256;
 use crate::kube_io::{KubeIo, WriteError};
 
 const POD_NAME: &str = "authentication.kubernetes.io/pod-name";
@@ -91,7 +91,7 @@ impl Identities {
         if token.is_empty() || token.len() > MAX_TOKEN {
             return Err(IdentityError::Refused("the token has no sound length"));
         }
-        let digest: [u8; 32] = Sha256::digest(token.as_bytes()).into();
+        let digest = sha256([token.as_bytes()]);
         if let Some(caller) = self.known.get(&digest) {
             return Ok(caller);
         }

@@ -28,6 +28,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::audit::{Audit, FileSink, HttpSink, StdoutSink};
 use crate::cli::{AuditTo, Settings};
+use crate::forge::gitea::Giteas;
 use crate::forge::http_client;
 use crate::isolation::{Controls, Names, no_forge_at};
 use crate::issuer::Issuer;
@@ -83,6 +84,7 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
     let ctx = Arc::new(Context {
         io,
         http: http_client(settings.forge_ca.as_deref(), settings.forge_proxy.as_deref(), no_forge_at).context("HTTP client")?,
+        giteas: Giteas::default(),
         metrics,
         registry,
         pools: stores.pools.clone(),

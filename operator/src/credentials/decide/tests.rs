@@ -46,7 +46,7 @@ fn claims(more: &[(&str, &str)]) -> Claims {
         expires: NOW + 290,
         jti: Some("j-1".to_owned()),
         digest: [1; 32],
-        all: plain.iter().chain(more).map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect(),
+        all: plain.iter().chain(more).map(|(name, value)| ((*name).to_owned(), (*value).into())).collect(),
     }
 }
 
@@ -166,7 +166,7 @@ fn every_way_to_no() {
         (Job, InvalidTarget, true, "a claim the token lacks", |s| drop(s.claims.all.remove("event_name"))),
         (Job, InvalidTarget, false, "which job of its run, the token does not say", |s| drop(s.claims.all.remove("check_run_id"))),
         (Job, InvalidTarget, true, "a hosted runner's token", |s| {
-            drop(s.claims.all.insert("runner_environment".to_owned(), "github-hosted".to_owned()));
+            drop(s.claims.all.insert("runner_environment".to_owned(), "github-hosted".into()));
         }),
         (Binding, InvalidTarget, false, "no binding", |s| s.binding = None),
         (Binding, InvalidTarget, false, "being deleted", |s| {
@@ -178,17 +178,17 @@ fn every_way_to_no() {
         }),
         (Audience, InvalidTarget, false, "another issuer", |s| s.claims.issuer = "https://issuer.example/".to_owned()),
         (Audience, InvalidTarget, false, "another audience", |s| s.claims.audience = "other.example".to_owned()),
-        (Claims, InvalidTarget, false, "another branch", |s| drop(s.claims.all.insert("ref".to_owned(), "refs/heads/x".to_owned()))),
+        (Claims, InvalidTarget, false, "another branch", |s| drop(s.claims.all.insert("ref".to_owned(), "refs/heads/x".into()))),
         (Claims, InvalidTarget, false, "no event", |s| {
             s.claims.all.remove("event_name");
             s.job(|j| drop(j.as_object_mut().map(|j| j.remove("event_name"))));
         }),
         (Claims, InvalidTarget, false, "an event that was not named", |s| {
-            s.claims.all.insert("event_name".to_owned(), "pull_request".to_owned());
+            s.claims.all.insert("event_name".to_owned(), "pull_request".into());
             s.job(|j| j["event_name"] = json!("pull_request"));
         }),
         (Claims, InvalidTarget, false, "an event that nobody may name", |s| {
-            s.claims.all.insert("event_name".to_owned(), "pull_request_target".to_owned());
+            s.claims.all.insert("event_name".to_owned(), "pull_request_target".into());
             s.job(|j| j["event_name"] = json!("pull_request_target"));
         }),
         (Replay, InvalidTarget, false, "no claim of this job alone, and other replicas", |s| {
@@ -299,7 +299,7 @@ proptest! {
     ) {
         let mut one = stage();
         prop_assume!(one.claims.get(name) != Some(value.as_str()));
-        one.claims.all.insert(name.to_owned(), value);
+        one.claims.all.insert(name.to_owned(), value.into());
         prop_assert!(one.alone().is_err());
     }
 

@@ -3,15 +3,20 @@
 //! Sources: Gitea's OpenAPI document (`/swagger.v1.json`) and `runner/v1/services.proto` of code.gitea.io/actions-proto-def,
 //! called with the Connect protocol's JSON codec (POST, `application/json`, camelCase, 64-bit numbers as strings).
 
+mod together;
 mod wire;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use futures::{StreamExt, TryStreamExt, stream};
 use reqwest::{Method, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+
+pub(crate) use together::Giteas;
+use together::Together;
 
 use super::client::body;
 use super::{Forge, ForgeError, Job, JobKey, JobState, Reach, RegisteredRunner, Registration, Removal, Repository, Run, RunnerKey, Secret};
@@ -39,18 +44,22 @@ pub(crate) enum Scope {
 }
 
 /// A Gitea server, one scope of it, one token.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(crate) struct Gitea {
     http: reqwest::Client,
     base: String,
     scope: Scope,
     token: Secret,
+    waiting: Together<Vec<Job>>,
+    running: Together<Vec<Job>>,
+    registered: Together<Vec<RegisteredRunner>>,
 }
 
 impl Gitea {
     /// `base` is the server's URL as its users and runners see it.
     pub(crate) fn new(http: reqwest::Client, base: &str, scope: Scope, token: Secret) -> Self {
-        Self { http, base: base.trim_end_matches('/').to_owned(), scope, token }
+        let (waiting, running, registered) = Default::default();
+        Self { http, base: base.trim_end_matches('/').to_owned(), scope, token, waiting, running, registered }
     }
 
     fn scope_path(&self) -> String {
@@ -116,6 +125,29 @@ impl Gitea {
         if most == JOB_PAGES { Ok(all) } else { Err(ForgeError::Unexpected(format!("{what}: the list does not end"))) }
     }
 
+    async fn jobs_listed(&self, state: JobState) -> Result<Vec<Job>, ForgeError> {
+        let status = wire::status_filter(state);
+        let path = format!("{}/actions/jobs?status={status}", self.scope_path());
+        let mut jobs = self.pages(&path, "jobs of the scope", JOB_PAGES, |list: wire::Jobs| (list.jobs, list.total_count)).await?;
+        jobs.sort_by_key(|job| job.id);
+        Ok(jobs.into_iter().filter_map(wire::Job::into_job).filter(|job| job.state == state).collect())
+    }
+
+    async fn runners_listed(&self) -> Result<Vec<RegisteredRunner>, ForgeError> {
+        let lists: Vec<Vec<RegisteredRunner>> = stream::iter(self.repositories().await?)
+            .map(|repository| async move {
+                match self.runners_of(&repository).await {
+                    // A repository that vanished, or in which the token may not manage runners: Mayfly has none there.
+                    Err(ForgeError::NotFound { .. } | ForgeError::Unauthorized { .. }) => Ok(Vec::new()),
+                    other => other,
+                }
+            })
+            .buffer_unordered(CONCURRENCY)
+            .try_collect()
+            .await?;
+        Ok(lists.into_iter().flatten().collect())
+    }
+
     /// Runners registered for this repository itself (not those it inherits).
     async fn runners_of(&self, repository: &Repository) -> Result<Vec<RegisteredRunner>, ForgeError> {
         let path = format!("/repos/{repository}/actions/runners");
@@ -151,11 +183,11 @@ impl Gitea {
 #[async_trait]
 impl Forge for Gitea {
     async fn jobs(&self, state: JobState) -> Result<Vec<Job>, ForgeError> {
-        let status = wire::status_filter(state);
-        let path = format!("{}/actions/jobs?status={status}", self.scope_path());
-        let mut jobs = self.pages(&path, "jobs of the scope", JOB_PAGES, |list: wire::Jobs| (list.jobs, list.total_count)).await?;
-        jobs.sort_by_key(|job| job.id);
-        Ok(jobs.into_iter().filter_map(wire::Job::into_job).filter(|job| job.state == state).collect())
+        match state {
+            JobState::Queued => self.waiting.get(self.jobs_listed(state)).await,
+            JobState::InProgress => self.running.get(self.jobs_listed(state)).await,
+            JobState::Blocked | JobState::Completed => self.jobs_listed(state).await,
+        }
     }
 
     async fn job(&self, job: &JobKey) -> Result<Option<Job>, ForgeError> {
@@ -242,18 +274,7 @@ impl Forge for Gitea {
     }
 
     async fn runners(&self) -> Result<Vec<RegisteredRunner>, ForgeError> {
-        let lists: Vec<Vec<RegisteredRunner>> = stream::iter(self.repositories().await?)
-            .map(|repository| async move {
-                match self.runners_of(&repository).await {
-                    // A repository that vanished, or in which the token may not manage runners: Mayfly has none there.
-                    Err(ForgeError::NotFound { .. } | ForgeError::Unauthorized { .. }) => Ok(Vec::new()),
-                    other => other,
-                }
-            })
-            .buffer_unordered(CONCURRENCY)
-            .try_collect()
-            .await?;
-        Ok(lists.into_iter().flatten().collect())
+        self.registered.get(self.runners_listed()).await
     }
 
     async fn pause(&self, runner: &RunnerKey) -> Result<Removal, ForgeError> {

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::audit::tests::Memory;
 use crate::cli::{Cli, Command};
+use crate::forge::gitea::Giteas;
 use crate::forge::http_client;
 use crate::isolation::Beside;
 use crate::kube_io::scripted::{Answer, Server};
@@ -52,6 +53,7 @@ pub(crate) fn context(server: &Server, pods: &[Pod]) -> Arc<Context> {
         settings: arguments.settings().expect("settings"),
         io: KubeIo::new(server.client(), None, metrics.clone()),
         http: http_client(None, None, |_| None).expect("a client"),
+        giteas: Giteas::default(),
         metrics,
         registry: Arc::new(Pools::new().0),
         pools: reflector::store().0,
