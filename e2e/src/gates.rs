@@ -39,8 +39,9 @@ pub const NODE_PREFIX: &str = "kwok-";
 const SENTINEL: &str = "mayfly-sentinel";
 /// Longer than the operator keeps a question open.
 const CALL: Duration = Duration::from_secs(70);
-/// After a call that failed.
-const PAUSE: Duration = Duration::from_millis(200);
+/// After a call that failed, and how long at most as it fails again, as the gate has it.
+const PAUSE: Duration = Duration::from_millis(50);
+const PAUSE_LONGEST: Duration = Duration::from_secs(5);
 /// Between two proofs while a job runs, as the gate has it.
 const PROVE_EVERY: Duration = Duration::from_secs(15);
 /// How long the tokens are good for, in seconds.
@@ -190,6 +191,7 @@ impl GateApi {
 
     /// Asks until the answer is one of these, or the operator wants nothing more of this pod.
     fn ask(&self, path: &str, token: &str, body: &[u8], good: &[u16]) -> Result<Reply> {
+        let mut pause = PAUSE;
         loop {
             let request = self.agent.post(format!("{}{path}", self.url)).header("Authorization", format!("Bearer {token}"));
             let answer = match body.is_empty() {
@@ -203,7 +205,8 @@ impl GateApi {
                     return Ok(Reply { status, body });
                 }
             }
-            std::thread::sleep(PAUSE);
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(PAUSE_LONGEST);
         }
     }
 

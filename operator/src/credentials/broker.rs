@@ -133,7 +133,7 @@ pub(crate) fn router(broker: Arc<Broker>) -> Router {
 #[derive(Default)]
 struct Trail {
     presenter: Option<PodIdentity>,
-    pod: Option<PodFacts>,
+    pool: Option<String>,
     binding: String,
     claims: Option<Arc<Claims>>,
     grant: Option<Arc<Grant>>,
@@ -152,6 +152,9 @@ async fn token(State(broker): State<Arc<Broker>>, ConnectInfo(peer): ConnectInfo
         }
         Err(denial) => {
             broker.metrics.exchange(outcome(&denial));
+            if let (None, Some(presenter)) = (&trail.pool, &trail.presenter) {
+                trail.pool = broker.pod(presenter).and_then(|pod| pod.pool);
+            }
             broker.tell(&denial, &trail, &request).await;
             denied(denial.public, &request.id)
         }
@@ -212,7 +215,6 @@ impl Broker {
 
         let presenter = self.identities.identify_token(asked.actor_token.reveal()).await.map_err(unknown_pod)?;
         trail.presenter = Some(presenter.clone());
-        trail.pod = self.pod(&presenter);
 
         let claims = self.issuers.verify(asked.subject_token.reveal(), Timestamp::now().as_second()).await.map_err(no_token)?;
         let claims = &*trail.claims.insert(Arc::new(claims)).clone();
@@ -220,6 +222,7 @@ impl Broker {
         let binding = known.as_ref().and_then(|binding| binding.0.as_ref().ok());
         // After everything that is waited for: what holds now is what counts.
         let (pod, now) = (self.pod(&presenter), Timestamp::now().as_second());
+        trail.pool = pod.as_ref().and_then(|pod| pod.pool.clone());
         let question = Question {
             token: claims,
             presenter: Presenter { namespace: &presenter.namespace, name: &presenter.name, uid: &presenter.uid },
@@ -441,7 +444,7 @@ impl Trail {
                 uid: grant.map(|grant| grant.binding_uid.as_str()),
                 generation: grant.map(|grant| grant.generation),
             },
-            scope: Scope { namespace, pool: self.pod.as_ref().and_then(|pod| pod.pool.as_deref()) },
+            scope: Scope { namespace, pool: self.pool.as_deref() },
             payload: Payload {
                 token: self.claims.as_deref().map(TokenRecord::of),
                 grant,

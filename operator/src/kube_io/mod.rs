@@ -3,6 +3,7 @@
 
 use std::fmt::Debug;
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -18,6 +19,7 @@ use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Client, Resource};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use tokio::sync::Semaphore;
 
 use crate::runtime::metrics::Metrics;
 
@@ -32,6 +34,9 @@ const WEBHOOK: &str = "break-glass.mayfly.dev";
 /// Deadline of one call, retries of the client included.
 const TIMEOUT: Duration = Duration::from_secs(20);
 
+/// Most calls at the same time. With more, the API server's priority and fairness refuses some (429), which costs it more than waiting.
+const AT_ONCE: usize = 64;
+
 /// A time as the API server stores it: whole seconds. With more, what is stored would differ from what was meant at every look.
 pub(crate) fn stored_time(now: Timestamp) -> Time {
     Time(Timestamp::from_second(now.as_second()).unwrap_or(now))
@@ -44,6 +49,7 @@ pub(crate) struct KubeIo {
     instance: Option<String>,
     recorder: Recorder,
     metrics: Metrics,
+    at_once: Arc<Semaphore>,
 }
 
 /// Why a write failed.
@@ -86,7 +92,7 @@ impl KubeIo {
     /// `instance` names this process in events.
     pub(crate) fn new(client: Client, instance: Option<String>, metrics: Metrics) -> Self {
         let recorder = Recorder::new(client.clone(), Reporter { controller: MANAGER.to_owned(), instance: instance.clone() });
-        Self { client, instance, recorder, metrics }
+        Self { client, instance, recorder, metrics, at_once: Arc::new(Semaphore::new(AT_ONCE)) }
     }
 
     /// Name of this process.
@@ -214,6 +220,8 @@ impl KubeIo {
         resource: &str,
         call: impl Future<Output = Result<T, kube::Error>>,
     ) -> Result<T, WriteError> {
+        // It is never closed.
+        let _turn = self.at_once.acquire().await;
         let result = match tokio::time::timeout(TIMEOUT, call).await {
             Ok(result) => result.map_err(WriteError::from),
             Err(_) => Err(WriteError::Timeout),

@@ -228,6 +228,7 @@ async fn delete(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>, forge
         }
         return;
     }
+    handle.state().deleted.insert(deletion.uid.clone(), ctx.now());
     let completed = ctx.event(Action::RunnerCompleted, &pool.key, runner_target(&deletion.name, &deletion.uid));
     ctx.record(completed.about(told(deletion.failure.as_ref()), deletion.failure.is_none()));
     if let Some(failure) = &deletion.failure {

@@ -442,6 +442,8 @@ fn pods(ctx: &Context, pool: &Pool, handle: &PoolHandle, refusals: &BTreeMap<Job
     let (living, wanted) = (own_pods(ctx, pool), LazyCell::new(|| ctx.needs_claims(pool)));
     let mut state = handle.state();
     let state = &mut *state;
+    // A deletion that came to nothing is tried again.
+    state.deleted.retain(|_, at| now.duration_since(*at) < WATCH_LAG);
     for pod in &living {
         let name = pod.name_any();
         if let Some(spawned) = state.spawned.get_mut(&name) {
@@ -468,14 +470,16 @@ fn pods(ctx: &Context, pool: &Pool, handle: &PoolHandle, refusals: &BTreeMap<Job
         }
         let registered = state.registered.get(&name).map(|runner| runner.since);
         let unproved = state.unproved(&name, registered, now);
+        let uid = pod.uid().unwrap_or_default();
+        let phase = if state.deleted.contains_key(&uid) { Phase::Leaving } else { phase(pod) };
         observed.pods.push(PodFacts {
             unproved,
             node: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()),
             only_on: state.spawned.get(&name).and_then(|spawned| Some(spawned.only_on.as_ref()?.name.clone())),
             name,
-            uid: pod.uid().unwrap_or_default(),
+            uid,
             created: pod.creation_timestamp().map_or(now, |time| time.0),
-            phase: phase(pod),
+            phase,
             role,
         });
     }

@@ -185,6 +185,8 @@ pub(crate) struct PoolState {
     pub(crate) charge: Charge,
     /// Since when jobs wait because a quota has no room.
     pub(crate) short_since: Option<Timestamp>,
+    /// Pods that were deleted, by UID, and when: for a moment the watch shows them as they were.
+    pub(crate) deleted: BTreeMap<String, Timestamp>,
     /// Generation of the spec that was last recorded.
     pub(crate) recorded: Option<i64>,
     /// When the status was last written.

@@ -3,6 +3,7 @@
 use clap::Parser;
 use k8s_openapi::api::core::v1::Pod;
 use kube::runtime::reflector::{self, store::Writer};
+use mayfly_crds::names::LABEL_POOL;
 use serde_json::{Value, json};
 
 use super::*;
@@ -12,6 +13,7 @@ use crate::forge::gitea::Giteas;
 use crate::forge::http_client;
 use crate::isolation::Beside;
 use crate::kube_io::scripted::{Answer, Server};
+use crate::pool::gather::gather_blind;
 use crate::pool::plan::Deletion;
 use crate::pool::registry::Spawned;
 use crate::runner::Reason;
@@ -208,6 +210,22 @@ async fn a_deletion_the_api_server_refuses_is_not_told_as_done() {
     let state = handle.state();
     assert!(state.spawned.contains_key("p"), "the pod is still ours");
     assert_eq!((state.start_failures, state.last_failure.as_ref()), (0, None));
+}
+
+#[tokio::test]
+async fn a_deleted_pod_leaves_before_the_watch_tells_and_is_deleted_once() {
+    // A deletion and an event.
+    let server = Server::new((0..2).map(|_| Answer::Object(json!({"kind": "Pod", "metadata": {}}))));
+    let mut shown = pod("p", "u-1", "Running");
+    shown.labels_mut().insert(LABEL_POOL.to_owned(), "ci".to_owned());
+    let ctx = context(&server, &[shown]);
+    let (pool, handle, plan) = pods_that_did_not_start(&ctx, &["p"]);
+    let leaves = || gather_blind(&ctx, &pool, &handle).pods[0].phase == Phase::Leaving;
+    assert!(!leaves());
+    apply::apply_blind(&ctx, &pool, &handle, &plan).await;
+    assert!(leaves());
+    handle.state().deleted.values_mut().for_each(|at| *at -= SignedDuration::from_mins(1));
+    assert!(!leaves(), "a deletion that came to nothing is tried again");
 }
 
 #[tokio::test]
