@@ -13,7 +13,7 @@ use mayfly_proof::{Answer, Endpoint, Look, Looked, Probe, probe};
 use tokio::sync::Notify;
 
 /// How long an answer counts as one of a moment ago, from when it was asked for.
-const FRESH: Duration = Duration::from_secs(10);
+const FRESH: Duration = Duration::from_secs(30);
 /// How long an answer is waited for.
 const PATIENCE: Duration = Duration::from_millis(400);
 /// How long those who ask wait for a sentinel beyond that. Its answer is taken later as well.

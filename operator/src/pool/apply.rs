@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use data_encoding::HEXLOWER;
 use futures::{StreamExt, stream};
-use jiff::SignedDuration;
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{ObjectReference, Pod, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -232,7 +232,8 @@ async fn delete(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>, forge
     let completed = ctx.event(Action::RunnerCompleted, &pool.key, runner_target(&deletion.name, &deletion.uid));
     ctx.record(completed.about(told(deletion.failure.as_ref()), deletion.failure.is_none()));
     if let Some(failure) = &deletion.failure {
-        note_failure(ctx, pool, handle, deletion, failure).await;
+        let made = spawned.as_ref().map_or_else(|| ctx.now(), |pod| pod.created);
+        note_failure(ctx, pool, handle, deletion, failure, made).await;
     }
     ctx.metrics.pod_deleted(deletion.failure.as_ref().map_or("finished", |_| "failed"));
     let mut state = handle.state();
@@ -268,12 +269,15 @@ fn told(failure: Option<&Reason>) -> Value {
     failure.map_or_else(|| json!({}), |failure| json!({"reason": failure.reason, "message": failure.message}))
 }
 
-async fn note_failure(ctx: &Context, pool: &Pool, handle: &PoolHandle, deletion: &Deletion, failure: &Reason) {
+/// `made` says when the runner was.
+async fn note_failure(ctx: &Context, pool: &Pool, handle: &PoolHandle, deletion: &Deletion, failure: &Reason, made: Timestamp) {
     let now = ctx.now();
     {
         let mut state = handle.state();
-        // Runners that were made together fail together: that is one failure. Before the pause ends no other is made.
-        if deletion.start_failure && state.not_before.is_none_or(|pause| pause <= now) {
+        // Runners that were made together fail together, one sooner and one later: that is one failure.
+        let counted = state.not_before.is_some_and(|pause| now < pause) || state.start_failed.is_some_and(|last| made <= last);
+        if deletion.start_failure && !counted {
+            state.start_failed = Some(now);
             let factor = 2_i32.saturating_pow(state.start_failures.min(8));
             state.start_failures = state.start_failures.saturating_add(1);
             state.not_before = Some(now + BACKOFF_FIRST.saturating_mul(factor).min(BACKOFF_LONGEST));
@@ -340,7 +344,8 @@ async fn create(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>, node:
         ..pod_request(pool, &name)
     };
     let pod = runner_pod(&request, &ctx.settings.pods);
-    let waits = Spawned { uid: String::new(), created: ctx.now(), seen: false, asked: None, registering: None, burnt: None, only_on };
+    let made = ctx.now();
+    let waits = Spawned { uid: String::new(), created: made, seen: false, asked: None, registering: None, burnt: None, only_on };
     handle.state().spawned.insert(name.to_string(), waits);
     match ctx.io.create(&pool.key.namespace, &pod).await {
         Ok(stored) => {
@@ -359,7 +364,7 @@ async fn create(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>, node:
             let deletion = Deletion::of_start(name.as_str());
             let failure = Reason::new("PodRefused", format!("the API server refused the pod: {}", error.message()));
             ctx.record(ctx.event(Action::RunnerStarted, &pool.key, runner_target(name.as_str(), "")).about(told(Some(&failure)), false));
-            note_failure(ctx, pool, handle, &deletion, &failure).await;
+            note_failure(ctx, pool, handle, &deletion, &failure, made).await;
             // Somebody may have taken away what pods need; it is applied anew before the next one.
             handle.state().policies = None;
             // If it was created after all, it is a stray and goes.

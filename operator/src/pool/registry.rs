@@ -151,6 +151,8 @@ pub(crate) struct PoolState {
     pub(crate) next_sweep: Option<Timestamp>,
     /// Starts that failed in a row.
     pub(crate) start_failures: u32,
+    /// When the last of them was counted.
+    pub(crate) start_failed: Option<Timestamp>,
     /// No pod is created before.
     pub(crate) not_before: Option<Timestamp>,
     /// The last runner that ended other than by finishing its job.

@@ -231,7 +231,7 @@ async fn a_deleted_pod_leaves_before_the_watch_tells_and_is_deleted_once() {
 #[tokio::test]
 async fn runners_that_were_made_together_and_did_not_start_are_one_failure() {
     // A deletion and an event for each.
-    let server = Server::new((0..8).map(|_| Answer::Object(json!({"kind": "Pod", "metadata": {}}))));
+    let server = Server::new((0..10).map(|_| Answer::Object(json!({"kind": "Pod", "metadata": {}}))));
     let ctx = context(&server, &[]);
     let (pool, handle, plan) = pods_that_did_not_start(&ctx, &["p", "q", "r"]);
     apply::apply_blind(&ctx, &pool, &handle, &plan).await;
@@ -239,6 +239,10 @@ async fn runners_that_were_made_together_and_did_not_start_are_one_failure() {
     assert_eq!(handle.state().start_failures, 1);
     assert!(pause.duration_since(ctx.now()) <= SignedDuration::from_secs(5));
     handle.state().not_before = Some(ctx.now());
+    let (pool, handle, plan) = pods_that_did_not_start(&ctx, &["late"]);
+    handle.state().spawned.values_mut().for_each(|pod| pod.created -= SignedDuration::from_mins(1));
+    apply::apply_blind(&ctx, &pool, &handle, &plan).await;
+    assert_eq!(handle.state().start_failures, 1, "it was made with the others");
     let (pool, handle, plan) = pods_that_did_not_start(&ctx, &["s"]);
     apply::apply_blind(&ctx, &pool, &handle, &plan).await;
     assert_eq!(handle.state().start_failures, 2, "that was after the pause");
