@@ -63,6 +63,9 @@ pub(crate) struct Known {
     pub(crate) bindings: Store<Guarded<CredentialBinding>>,
 }
 
+/// What a provider gave, once it has.
+type Answer = Arc<OnceCell<Arc<Credential>>>;
+
 /// The broker.
 pub(crate) struct Broker {
     known: Known,
@@ -73,7 +76,7 @@ pub(crate) struct Broker {
     metrics: Metrics,
     replay: Mutex<Replay>,
     /// By spent token, the binding's generation and what was wanted: a pod that asks again, or twice at once, gets the one answer.
-    answers: moka::sync::Cache<(SpentKey, i64, String), Arc<OnceCell<Arc<Credential>>>>,
+    answers: moka::sync::Cache<(SpentKey, i64, String), Answer>,
     /// By pod and binding, who had something: what they get after that is a refreshment.
     given: moka::sync::Cache<(String, String), ()>,
     revocations: Revocations,

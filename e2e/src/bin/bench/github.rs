@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use k8s_openapi::api::core::v1::Pod;
-use kube::Api;
+use kube::api::{DeleteParams, PostParams};
+use kube::{Api, ResourceExt};
+use mayfly_crds::RunnerPool;
 use mayfly_e2e::github::{Organization, Stage};
 use mayfly_e2e::stage::POOL;
 use mayfly_e2e::{World, pool, store};
@@ -17,6 +19,8 @@ use crate::measure::{Audited, Figures, Times, now, per_job};
 const BURSTS: [usize; 2] = [1, 20];
 /// The same at length.
 const LONG: usize = 100;
+/// Jobs that come one after another, for what one takes.
+const SINGLES: usize = 30;
 /// Pods at the same time.
 const SLOTS: usize = 20;
 const NAMESPACE: &str = "mayfly-bench-github";
@@ -33,6 +37,9 @@ pub(crate) async fn bursts(quick: bool, figures: &mut Figures) -> Result<()> {
     pool::condition(&world, NAMESPACE, POOL, "IsolationProved", "True").await?;
     organization.nothing_left(&world, &served).await?;
     let times = Times::watch(Api::<Pod>::namespaced(world.client.clone(), NAMESPACE));
+    if !quick {
+        singles(&world, &organization, &served, &times, figures).await?;
+    }
     for burst in BURSTS.into_iter().chain((!quick).then_some(LONG)) {
         measure(&world, &organization, &times, burst, figures).await?;
         organization.nothing_left(&world, &served).await?;
@@ -66,6 +73,37 @@ pub(crate) async fn credentials(quick: bool, figures: &mut Figures) -> Result<()
     tokio::time::sleep(Duration::from_secs(8)).await;
     figures.add("credential_kube_writes_per_job", per_job(&audited.calls()?, "write", jobs), "1/job");
     stage.strike().await
+}
+
+/// From the moment that GitHub knows of a job, and tells, until its pod is there: beside each, a pod that nobody asks about, made by this
+/// program.
+async fn singles(world: &World, organization: &Organization, served: &RunnerPool, times: &Times, figures: &mut Figures) -> Result<()> {
+    let plain: Pod = serde_json::from_value(json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"generateName": "plain-"},
+        "spec": {"nodeSelector": {"bench": "none"}, "containers": [{"name": "plain", "image": "none"}]}}))?;
+    let pods: Api<Pod> = Api::default_namespaced(world.client.clone());
+    let (mut told, mut bare) = (Vec::new(), Vec::new());
+    for _ in 0..SINGLES {
+        times.0.lock().await.clear();
+        let job = Enqueue {
+            repository: format!("{}/web", organization.name),
+            labels: vec!["linux".to_owned()],
+            count: 1,
+            script: "true".to_owned(),
+        };
+        let began = now();
+        let run = organization.simulator.enqueue(&job).await?;
+        organization.simulator.finished(run, PATIENCE).await?;
+        organization.nothing_left(world, served).await?;
+        told.push(times.over(None).await?.seen - began);
+        let began = now();
+        let made = pods.create(&PostParams::default(), &plain).await?;
+        bare.push(now() - began);
+        pods.delete(&made.name_any(), &DeleteParams::default().grace_period(0)).await?;
+    }
+    let told = figures.spread("github_job_told_to_pod_create", told);
+    let bare = figures.spread("plain_pod_create", bare);
+    figures.add("github_job_told_to_pod_create_over_plain_pod_create", told / bare, "ratio");
+    Ok(())
 }
 
 async fn measure(world: &World, organization: &Organization, times: &Times, burst: usize, figures: &mut Figures) -> Result<()> {

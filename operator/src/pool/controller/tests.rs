@@ -320,7 +320,7 @@ async fn a_pool_has_its_turn_however_many_are_due() {
     };
     let run = controller.run(pass, |_, _, _| Action::await_change(), Arc::new(()));
     let _ = tokio::time::timeout(Duration::from_secs(2), run.for_each(|_| async {})).await;
-    let passes = passes.lock().expect("no panic");
+    let passes = passes.lock().expect("no panic").clone();
     let (least, most) = (passes.values().min().copied(), passes.values().max().copied());
     assert!(passes.len() == POOLS && least.zip(most).is_some_and(|(least, most)| least > 0 && most - least <= 2), "{passes:?}");
     turns.end();
