@@ -1,4 +1,4 @@
-//! SHA-256, by the library that checks signatures: it is the fastest at hand, and one implementation is enough.
+//! SHA-256, by the library that checks signatures: it is the fastest at hand.
 
 use aws_lc_rs::digest::{Context, SHA256};
 
