@@ -15,7 +15,7 @@ use mayfly_cluster::{ForgeAccess, World as Place, pki};
 use mayfly_crds::names::{ANNOTATION_FORGE, ANNOTATION_POOL_NAMESPACES, RunnerName};
 use mayfly_crds::{RunnerPool, RunnerPoolStatus};
 use mayfly_github_simulator::client::Simulator;
-use mayfly_github_simulator::control::{NewApp, NewGroup, NewOrganization, NewRepository};
+use mayfly_github_simulator::control::{Enqueue, NewApp, NewGroup, NewOrganization, NewRepository};
 use mayfly_github_simulator::model::Event;
 use serde_json::{Value, json};
 use tokio::sync::Mutex;
@@ -43,6 +43,8 @@ static STARTING: Mutex<()> = Mutex::const_new(());
 pub struct Organization {
     /// Its name.
     pub name: String,
+    /// Its repository's, with its own before: `acme/app`.
+    pub repository: String,
     /// Number of its repository.
     pub repository_id: i64,
     /// The simulator, by its control API.
@@ -117,15 +119,25 @@ impl Organization {
     pub async fn create(world: &World, name: &str, repository: &str) -> Result<Self> {
         let simulator = start(world).await?;
         simulator.organization(&NewOrganization { login: name.to_owned(), enterprise: None }).await?;
-        let repository = NewRepository { owner: name.to_owned(), name: repository.to_owned(), ..NewRepository::default() };
-        let repository_id = simulator.repository(&repository).await?;
+        let new = NewRepository { owner: name.to_owned(), name: repository.to_owned(), ..NewRepository::default() };
+        let repository_id = simulator.repository(&new).await?;
+        let repository = format!("{name}/{repository}");
         let group = NewGroup { place: name.to_owned(), name: GROUP.to_owned(), ..NewGroup::default() };
         simulator.runner_group(&group).await?;
         let (app, installation) = simulator.app(name).await?;
         let about = simulator.call("GET", "", Vec::new()).await?;
         let url = about["url"].as_str().context("the simulator tells its address")?.to_owned();
         let webhook_secret = random_hex(16)?;
-        Ok(Self { name: name.to_owned(), repository_id, simulator, url, app, installation, webhook_secret })
+        Ok(Self { name: name.to_owned(), repository, repository_id, simulator, url, app, installation, webhook_secret })
+    }
+
+    /// So many jobs at once for the runners with a label, each with this script. Returns their run.
+    ///
+    /// # Errors
+    /// With the simulator's answer.
+    pub async fn enqueue(&self, label: &str, count: usize, script: &str) -> Result<i64> {
+        let (repository, labels) = (self.repository.clone(), vec![label.to_owned()]);
+        self.simulator.enqueue(&Enqueue { repository, labels, count, script: script.to_owned() }).await
     }
 
     /// The address of the pool: the organization's.
@@ -265,11 +277,11 @@ impl Stage {
     /// With the simulator's answer.
     pub async fn push_job(&self, file: &str, mut job: Value) -> Result<i64> {
         job["runs-on"] = json!("linux");
-        let repository = format!("{}/web", self.organization.name);
+        let repository = &self.organization.repository;
         let workflow = json!({"on": "push", "jobs": {"job": job}});
-        self.organization.simulator.workflow(&repository, file, &workflow.to_string()).await?;
+        self.organization.simulator.workflow(repository, file, &workflow.to_string()).await?;
         let event = Event { workflow: Some(file.to_owned()), ..Event::default() };
-        self.organization.simulator.dispatch(&repository, &event).await?.pop().context("a run")
+        self.organization.simulator.dispatch(repository, &event).await?.pop().context("a run")
     }
 
     /// Waits until the run's one job is over; returns its log.

@@ -13,7 +13,6 @@ use mayfly_cluster::{Progress, World as Place};
 use mayfly_e2e::github::Organization;
 use mayfly_e2e::wait::eventually;
 use mayfly_e2e::{World, gates, pool};
-use mayfly_github_simulator::control::Enqueue;
 use serde_json::json;
 
 use crate::measure::{Audited, Figures, Process, now, per_job};
@@ -85,12 +84,8 @@ async fn on_nodes(world: &World, figures: &mut Figures) -> Result<()> {
 
     let (api_server, operator, audited) = (Process::api_server()?, Process::operator()?, Audited::from_now(&world.cluster)?);
     let (began, before) = (now(), (api_server.used()?, operator.used()?));
-    let repository = format!("{}/web", organization.name);
-    let enqueue = |n: usize| {
-        let job = Enqueue { repository: repository.clone(), labels: vec![name(n)], count: JOBS, script: "true".to_owned() };
-        let simulator = &organization.simulator;
-        async move { simulator.enqueue(&job).await }
-    };
+    let organization = &organization;
+    let enqueue = |n: usize| async move { organization.enqueue(&name(n), JOBS, "true").await };
     let runs: Vec<i64> = stream::iter(0..POOLS).map(enqueue).buffer_unordered(AT_ONCE).try_collect().await?;
     for run in runs {
         let jobs = organization.simulator.finished(run, PATIENCE).await?;

@@ -4,16 +4,18 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use k8s_openapi::api::core::v1::Pod;
-use kube::api::{DeleteParams, PostParams};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::api::{DeleteParams, ListParams, PostParams};
 use kube::{Api, ResourceExt};
 use mayfly_crds::RunnerPool;
 use mayfly_e2e::github::{Organization, Stage};
 use mayfly_e2e::stage::POOL;
+use mayfly_e2e::wait::eventually;
 use mayfly_e2e::{World, pool, store};
-use mayfly_github_simulator::control::Enqueue;
 use serde_json::{Value, json};
 
 use crate::measure::{Audited, Figures, Times, now, per_job};
+use crate::slots;
 
 /// Jobs that come at once.
 const BURSTS: [usize; 2] = [1, 20];
@@ -39,6 +41,7 @@ pub(crate) async fn bursts(quick: bool, figures: &mut Figures) -> Result<()> {
     let times = Times::watch(Api::<Pod>::namespaced(world.client.clone(), NAMESPACE));
     if !quick {
         singles(&world, &organization, &served, &times, figures).await?;
+        plain(&world, &organization, &served, &times, figures).await?;
     }
     for burst in BURSTS.into_iter().chain((!quick).then_some(LONG)) {
         measure(&world, &organization, &times, burst, figures).await?;
@@ -84,14 +87,8 @@ async fn singles(world: &World, organization: &Organization, served: &RunnerPool
     let (mut told, mut bare) = (Vec::new(), Vec::new());
     for _ in 0..SINGLES {
         times.0.lock().await.clear();
-        let job = Enqueue {
-            repository: format!("{}/web", organization.name),
-            labels: vec!["linux".to_owned()],
-            count: 1,
-            script: "true".to_owned(),
-        };
         let began = now();
-        let run = organization.simulator.enqueue(&job).await?;
+        let run = organization.enqueue("linux", 1, "true").await?;
         organization.simulator.finished(run, PATIENCE).await?;
         organization.nothing_left(world, served).await?;
         told.push(times.over(None).await?.seen - began);
@@ -106,14 +103,36 @@ async fn singles(world: &World, organization: &Organization, served: &RunnerPool
     Ok(())
 }
 
+/// As many pods of a runner pod's shape at once, made by this program.
+async fn plain(world: &World, organization: &Organization, served: &RunnerPool, times: &Times, figures: &mut Figures) -> Result<()> {
+    let shape = slots::shape(world, organization, NAMESPACE, 1).await?;
+    organization.nothing_left(world, served).await?;
+    let pods: Api<Pod> = Api::namespaced(world.client.clone(), NAMESPACE);
+    times.0.lock().await.clear();
+    let began = now();
+    let create = |n: usize| {
+        let metadata = ObjectMeta { name: Some(format!("plain-{n}")), ..ObjectMeta::default() };
+        let pod = Pod { metadata, spec: Some(shape.clone()), status: None };
+        let pods = &pods;
+        async move { pods.create(&PostParams::default(), &pod).await.map(drop) }
+    };
+    futures::future::try_join_all((0..SLOTS).map(create)).await?;
+    pods.delete_collection(&DeleteParams::default().grace_period(0), &ListParams::default()).await?;
+    let lives = eventually("the plain pods are gone", PATIENCE, || async {
+        let lives = times.0.lock().await;
+        Ok((lives.len() == SLOTS && lives.values().all(|life| life.gone.is_some())).then(|| lives.clone()))
+    })
+    .await?;
+    figures.spread(&format!("plain_burst_{SLOTS}_pod_create"), lives.values().map(|life| life.seen - began).collect());
+    Ok(())
+}
+
 async fn measure(world: &World, organization: &Organization, times: &Times, burst: usize, figures: &mut Figures) -> Result<()> {
     times.0.lock().await.clear();
     let audited = Audited::from_now(&world.cluster)?;
     let before = organization.simulator.counters().await?;
     let began = now();
-    let repository = format!("{}/web", organization.name);
-    let jobs = Enqueue { repository, labels: vec!["linux".to_owned()], count: burst, script: "true".to_owned() };
-    let run = organization.simulator.enqueue(&jobs).await?;
+    let run = organization.enqueue("linux", burst, "true").await?;
     let jobs = organization.simulator.finished(run, PATIENCE).await?;
     let seconds = now() - began;
     // The last numbers of the status are written with a delay, and pods of the last jobs go.

@@ -10,7 +10,6 @@ use kube::{Api, ResourceExt};
 use mayfly_e2e::github::Organization;
 use mayfly_e2e::wait::eventually;
 use mayfly_e2e::{World, pool};
-use mayfly_github_simulator::control::Enqueue;
 use serde_json::json;
 
 use crate::measure::{Figures, Process};
@@ -53,11 +52,9 @@ pub(crate) async fn scale_sets(figures: &mut Figures) -> Result<()> {
     .await?;
     look(&format!("github_{}_idle", IDLE + BUSY), figures).await?;
 
-    let repository = format!("{}/web", organization.name);
     let mut runs = Vec::new();
     for n in IDLE..IDLE + BUSY {
-        let job = Enqueue { repository: repository.clone(), labels: vec![name(n)], count: 1, script: "sleep 900".to_owned() };
-        runs.push(organization.simulator.enqueue(&job).await?);
+        runs.push(organization.enqueue(&name(n), 1, "sleep 900").await?);
     }
     eventually("every job runs", PATIENCE, || async {
         let mut running = 0;

@@ -14,7 +14,6 @@ use mayfly_e2e::github::Organization;
 use mayfly_e2e::stage::POOL;
 use mayfly_e2e::wait::eventually;
 use mayfly_e2e::{World, pool};
-use mayfly_github_simulator::control::Enqueue;
 use serde_json::json;
 
 use crate::measure::{Figures, Process, now};
@@ -45,11 +44,11 @@ pub(crate) async fn compare(figures: &mut Figures) -> Result<()> {
     pool::condition(&world, NAMESPACE, POOL, "IsolationProved", "True").await?;
     organization.nothing_left(&world, &served).await?;
 
-    let shape = shape(&world, &organization).await?;
+    let shape = shape(&world, &organization, NAMESPACE, JOB).await?;
     organization.nothing_left(&world, &served).await?;
     let plain = cost(|| plain(&world, &shape)).await?;
     let jobs = cost(|| async {
-        let run = enqueue(&organization, JOBS).await?;
+        let run = organization.enqueue("linux", JOBS, &format!("sleep {JOB}")).await?;
         let jobs = organization.simulator.finished(run, PATIENCE).await?;
         ensure!(jobs.iter().all(|job| job.conclusion.as_deref() == Some("success")), "a job failed");
         organization.nothing_left(&world, &served).await
@@ -71,17 +70,11 @@ async fn cost<F: Future<Output = Result<()>>>(work: impl FnOnce() -> F) -> Resul
     Ok(Cost { seconds: now() - began, api_server: api_server.used()? - before })
 }
 
-async fn enqueue(organization: &Organization, count: usize) -> Result<i64> {
-    let repository = format!("{}/web", organization.name);
-    let jobs = Enqueue { repository, labels: vec!["linux".to_owned()], count, script: format!("sleep {JOB}") };
-    organization.simulator.enqueue(&jobs).await
-}
-
-/// A runner pod's, with a program that takes as long as the job.
-async fn shape(world: &World, organization: &Organization) -> Result<PodSpec> {
-    let run = enqueue(organization, 1).await?;
+/// A runner pod's, with a program that takes so many seconds.
+pub(crate) async fn shape(world: &World, organization: &Organization, namespace: &str, seconds: u32) -> Result<PodSpec> {
+    let run = organization.enqueue("linux", 1, "true").await?;
     let pod = eventually("a pod to take the shape of", Duration::from_secs(30), || async {
-        Ok(pool::pods(world, NAMESPACE, POOL).await?.into_iter().next())
+        Ok(pool::pods(world, namespace, POOL).await?.into_iter().next())
     })
     .await?;
     organization.simulator.finished(run, PATIENCE).await?;
@@ -93,7 +86,7 @@ async fn shape(world: &World, organization: &Organization) -> Result<PodSpec> {
             variable.value = Some("https://127.0.0.1:1".to_owned());
         }
     }
-    shape.containers.first_mut().context("a runner")?.command = Some(["sleep".to_owned(), JOB.to_string()].to_vec());
+    shape.containers.first_mut().context("a runner")?.command = Some(["sleep".to_owned(), seconds.to_string()].to_vec());
     Ok(shape)
 }
 
