@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use hyper_rustls::{FixedServerNameResolver, HttpsConnectorBuilder};
 use hyper_timeout::TimeoutConnector;
 use hyper_util::client::legacy::Client as Hyper;
 use hyper_util::client::legacy::connect::HttpConnector;
@@ -36,7 +37,8 @@ pub(crate) async fn connect() -> Result<Client> {
     client(config).context("the cluster's configuration cannot be used")
 }
 
-/// What `Client::try_from` makes, with an eye on the connections.
+/// What `Client::try_from` makes, with an eye on the connections: by HTTP/2, as Go's clients have it, so that calls at the same time need no
+/// connections of their own. With HTTP/1.1 a burst of pods began with one TLS handshake for each.
 fn client(config: Config) -> Result<Client> {
     ensure!(config.proxy_url.is_none(), "the API server is not asked by way of a proxy: take proxy-url out of the kubeconfig");
     let mut tcp = HttpConnector::new();
@@ -45,7 +47,12 @@ fn client(config: Config) -> Result<Client> {
     tcp.set_keepalive(Some(QUIET));
     tcp.set_keepalive_interval(Some(AGAIN));
     tcp.set_tcp_user_timeout(Some(UNACKNOWLEDGED));
-    let mut connector = TimeoutConnector::new(config.rustls_https_connector_with_connector(tcp)?);
+    let mut tls = HttpsConnectorBuilder::new().with_tls_config(config.rustls_client_config()?).https_or_http();
+    if let Some(name) = &config.tls_server_name {
+        let name = name.clone().try_into().context("tls-server-name of the kubeconfig")?;
+        tls = tls.with_server_name_resolver(FixedServerNameResolver::new(name));
+    }
+    let mut connector = TimeoutConnector::new(tls.enable_all_versions().wrap_connector(tcp));
     connector.set_connect_timeout(config.connect_timeout);
     connector.set_read_timeout(config.read_timeout);
     connector.set_write_timeout(config.write_timeout);
@@ -57,4 +64,50 @@ fn client(config: Config) -> Result<Client> {
         .map_err(tower::BoxError::from)
         .service(Hyper::builder(TokioExecutor::new()).build(connector));
     Ok(Client::new(service, config.default_namespace))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+    use std::net::SocketAddr;
+    use std::sync::{Arc, Mutex};
+
+    use axum::Router;
+    use axum::extract::ConnectInfo;
+    use axum_server::Handle;
+    use axum_server::tls_rustls::{RustlsConfig, bind_rustls};
+    use futures::future::try_join_all;
+
+    use super::*;
+
+    /// Calls at the same time.
+    const BURST: usize = 50;
+
+    #[tokio::test]
+    async fn calls_at_the_same_time_share_a_connection() {
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("a certificate");
+        let (certificate, key) = (made.cert.pem().into_bytes(), made.signing_key.serialize_pem().into_bytes());
+        let tls = RustlsConfig::from_pem(certificate, key).await.expect("a server's TLS");
+        let peers = Arc::new(Mutex::new(HashSet::new()));
+        let seen = peers.clone();
+        let router = Router::new().fallback(async move |ConnectInfo(peer): ConnectInfo<SocketAddr>| {
+            seen.lock().expect("peers").insert(peer);
+            // All of them are there before the first is answered.
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            "here"
+        });
+        let handle = Handle::new();
+        let server = bind_rustls(SocketAddr::from(([127, 0, 0, 1], 0)), tls).handle(handle.clone());
+        tokio::spawn(server.serve(router.into_make_service_with_connect_info::<SocketAddr>()));
+        let address = handle.listening().await.expect("an address");
+
+        let mut config = Config::new(format!("https://localhost:{}", address.port()).parse().expect("an address"));
+        config.root_cert = Some(vec![made.cert.der().to_vec()]);
+        let client = client(config).expect("a client");
+        let ask = async || client.request_text(http::Request::get("/version").body(Vec::new()).expect("a request")).await;
+        assert_eq!(ask().await.expect("an answer"), "here");
+        try_join_all((0..BURST).map(|_| ask())).await.expect("answers");
+        assert_eq!(peers.lock().expect("peers").len(), 1);
+    }
 }

@@ -349,11 +349,15 @@ async fn create(ctx: &Arc<Context>, pool: &Pool, handle: &Arc<PoolHandle>, node:
     handle.state().spawned.insert(name.to_string(), waits);
     match ctx.io.create(&pool.key.namespace, &pod).await {
         Ok(stored) => {
-            if let Some(spawned) = handle.state().spawned.get_mut(name.as_str()) {
-                spawned.uid = stored.uid().unwrap_or_default();
-            }
+            let told_at = {
+                let mut state = handle.state();
+                if let Some(spawned) = state.spawned.get_mut(name.as_str()) {
+                    spawned.uid = stored.uid().unwrap_or_default();
+                }
+                state.told_at
+            };
             handle.jobs_changed();
-            ctx.metrics.pod_created();
+            ctx.metrics.pod_created(told_at.map(|at| at.elapsed()));
             let uid = stored.uid().unwrap_or_default();
             ctx.record(
                 ctx.event(Action::RunnerStarted, &pool.key, runner_target(name.as_str(), &uid)).about(json!({"onlyOn": node}), true),

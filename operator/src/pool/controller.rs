@@ -317,6 +317,7 @@ async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
     {
         let nodes = pool_nodes(&ctx.nodes.state(), &ctx.daemon_sets.state(), &pool.spec.runner);
         let mut state = handle.state();
+        state.told_at = handle.take_told();
         state.enforcement = pool.spec.isolation.enforcement;
         state.job_issuer = pool.spec.job_identity.issuer;
         state.nodes = nodes;

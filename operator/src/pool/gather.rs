@@ -192,7 +192,7 @@ pub(super) fn link(
             let (registry, key) = (Arc::downgrade(&ctx.registry), pool.key.clone());
             let wake = move || {
                 if let Some(registry) = registry.upgrade() {
-                    registry.wake(key.clone());
+                    registry.tell(key.clone());
                 }
             };
             let room = pool.spec.scale.max;

@@ -82,7 +82,7 @@ fn take(ctx: &Context, handle: Option<&PoolHandle>, hint: &webhook::Hint) {
         if let Some(id) = hint.job {
             handle.hint(JobKey { repository: hint.repository.clone(), id: id.into() }, Some(&hint.labels));
         }
-        ctx.registry.wake(handle.key.clone());
+        ctx.registry.tell(handle.key.clone());
     }
 }
 

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
 use mayfly_crds::{Enforcement, Failure, JobIssuer, NodeIsolation};
@@ -137,6 +137,8 @@ pub(crate) struct PoolState {
     pub(crate) spawned: BTreeMap<String, Spawned>,
     /// Runners with a registration, by name.
     pub(crate) registered: BTreeMap<String, Registered>,
+    /// When the forge told of what the pass is for that is under way.
+    pub(crate) told_at: Option<Instant>,
     /// Jobs that a webhook spoke of since the last pass.
     pub(crate) hinted: BTreeSet<JobKey>,
     /// Jobs that runners of this pool have.
@@ -212,6 +214,8 @@ pub(crate) struct PoolHandle {
     pub(crate) uid: String,
     state: Mutex<PoolState>,
     changed: Notify,
+    /// When the forge first told of something that no pass has looked at yet. Beside the state, as it is told from everywhere.
+    told: Mutex<Option<Instant>>,
 }
 
 /// Why a gate gets no registration.
@@ -227,7 +231,17 @@ pub(crate) enum NoJob {
 
 impl PoolHandle {
     fn new(key: PoolKey, uid: String) -> Self {
-        Self { key, uid, state: Mutex::default(), changed: Notify::new() }
+        Self { key, uid, state: Mutex::default(), changed: Notify::new(), told: Mutex::default() }
+    }
+
+    /// Notes that the forge told of something.
+    pub(crate) fn tell(&self) {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(Instant::now);
+    }
+
+    /// When the forge told of what this pass is for; `None` where it is for something else.
+    pub(crate) fn take_told(&self) -> Option<Instant> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// The remembered state. Never held across an `await`.
@@ -442,6 +456,14 @@ impl Pools {
         self.handles().remove(key);
     }
 
+    /// Has the pool looked at soon, as its forge told of something.
+    pub(crate) fn tell(&self, key: PoolKey) {
+        if let Some(handle) = self.get(&key) {
+            handle.tell();
+        }
+        self.wake(key);
+    }
+
     /// Has the pool looked at soon.
     pub(crate) fn wake(&self, key: PoolKey) {
         // The receiver lives as long as the process: an error means it is ending.
@@ -466,6 +488,24 @@ impl Pools {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_forge_told_is_for_one_pass() {
+        let (pools, mut wakes) = Pools::new();
+        let key = PoolKey { namespace: "ci".to_owned(), name: "linux".to_owned() };
+        let handle = pools.open(&key, "1");
+        pools.wake(key.clone());
+        assert_eq!(handle.take_told(), None, "nobody told of anything");
+        pools.tell(key.clone());
+        let first = handle.take_told();
+        assert!(first.is_some());
+        assert_eq!(handle.take_told(), None);
+        pools.tell(key.clone());
+        let second = *handle.told.lock().expect("a time");
+        pools.tell(key);
+        assert_eq!(handle.take_told(), second, "the first word counts");
+        assert_eq!(std::iter::from_fn(|| wakes.try_recv().ok()).count(), 4);
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_deaf_watch_is_told_so_once_in_a_while() {

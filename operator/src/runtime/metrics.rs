@@ -1,6 +1,7 @@
 //! What the process counts. Labels are words from closed sets, never names of objects.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use prometheus_client::encoding::{EncodeLabelSet, text::encode};
 use prometheus_client::metrics::counter::Counter;
@@ -27,6 +28,7 @@ pub(crate) struct Metrics {
     kube_writes: Family<Write, Counter>,
     passes: Family<Outcome, Counter>,
     pods_created: Counter,
+    told_to_pod_seconds: Histogram,
     pods_deleted: Family<Outcome, Counter>,
     hand_overs: Family<Outcome, Counter>,
     id_tokens: Family<Outcome, Counter>,
@@ -48,6 +50,7 @@ impl Metrics {
             kube_writes: Family::default(),
             passes: Family::default(),
             pods_created: Counter::default(),
+            told_to_pod_seconds: Histogram::new([0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0]),
             pods_deleted: Family::default(),
             hand_overs: Family::default(),
             id_tokens: Family::default(),
@@ -62,6 +65,11 @@ impl Metrics {
         registry.register("kube_writes", "Writes to the API server", metrics.kube_writes.clone());
         registry.register("passes", "Passes over a pool", metrics.passes.clone());
         registry.register("pods_created", "Runner pods created", metrics.pods_created.clone());
+        registry.register(
+            "told_to_pod_seconds",
+            "From the moment the forge told of a job, by message or webhook, until the API server had its pod",
+            metrics.told_to_pod_seconds.clone(),
+        );
         registry.register("pods_deleted", "Runner pods deleted", metrics.pods_deleted.clone());
         registry.register("hand_overs", "Answers to gates", metrics.hand_overs.clone());
         registry.register("id_tokens", "Answers to gates that ask for OIDC tokens of their jobs", metrics.id_tokens.clone());
@@ -97,8 +105,12 @@ impl Metrics {
         self.passes.get_or_create(&Outcome { outcome }).inc();
     }
 
-    pub(crate) fn pod_created(&self) {
+    /// `after` is how long ago the forge told of the job, where it did.
+    pub(crate) fn pod_created(&self, after: Option<Duration>) {
         self.pods_created.inc();
+        if let Some(after) = after {
+            self.told_to_pod_seconds.observe(after.as_secs_f64());
+        }
     }
 
     pub(crate) fn pod_deleted(&self, outcome: &'static str) {

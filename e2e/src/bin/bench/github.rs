@@ -14,7 +14,7 @@ use mayfly_e2e::wait::eventually;
 use mayfly_e2e::{World, pool, store};
 use serde_json::{Value, json};
 
-use crate::measure::{Audited, Figures, Times, now, per_job};
+use crate::measure::{Audited, Figures, Metrics, Times, now, per_job};
 use crate::slots;
 
 /// Jobs that come at once.
@@ -41,10 +41,13 @@ pub(crate) async fn bursts(quick: bool, figures: &mut Figures) -> Result<()> {
     let times = Times::watch(Api::<Pod>::namespaced(world.client.clone(), NAMESPACE));
     if !quick {
         singles(&world, &organization, &served, &times, figures).await?;
-        plain(&world, &organization, &served, &times, figures).await?;
     }
+    let plain = plain(&world, &organization, &served, &times, figures).await?;
     for burst in BURSTS.into_iter().chain((!quick).then_some(LONG)) {
-        measure(&world, &organization, &times, burst, figures).await?;
+        let created = measure(&world, &organization, &times, burst, figures).await?;
+        if burst == SLOTS {
+            figures.add(format!("github_burst_{burst}_enqueue_to_pod_create_over_plain_pods"), created / plain, "ratio");
+        }
         organization.nothing_left(&world, &served).await?;
     }
     pool::delete(&world, NAMESPACE, POOL).await
@@ -84,7 +87,7 @@ async fn singles(world: &World, organization: &Organization, served: &RunnerPool
     let plain: Pod = serde_json::from_value(json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"generateName": "plain-"},
         "spec": {"nodeSelector": {"bench": "none"}, "containers": [{"name": "plain", "image": "none"}]}}))?;
     let pods: Api<Pod> = Api::default_namespaced(world.client.clone());
-    let (mut told, mut bare) = (Vec::new(), Vec::new());
+    let (mut told, mut bare, since) = (Vec::new(), Vec::new(), Told::now(world)?);
     for _ in 0..SINGLES {
         times.0.lock().await.clear();
         let began = now();
@@ -97,40 +100,71 @@ async fn singles(world: &World, organization: &Organization, served: &RunnerPool
         bare.push(now() - began);
         pods.delete(&made.name_any(), &DeleteParams::default().grace_period(0)).await?;
     }
+    since.figures("github_job", "0.02", figures, world)?;
     let told = figures.spread("github_job_told_to_pod_create", told);
     let bare = figures.spread("plain_pod_create", bare);
     figures.add("github_job_told_to_pod_create_over_plain_pod_create", told / bare, "ratio");
     Ok(())
 }
 
-/// As many pods of a runner pod's shape at once, made by this program.
-async fn plain(world: &World, organization: &Organization, served: &RunnerPool, times: &Times, figures: &mut Figures) -> Result<()> {
+/// What the operator has counted of pods that were made because the forge told of jobs.
+struct Told(Metrics);
+
+impl Told {
+    fn now(world: &World) -> Result<Self> {
+        Ok(Self(Metrics::now(&world.cluster)?))
+    }
+
+    /// What came since: how long it took the operator and the API server together, from the message on, and the share that took no more
+    /// than this bound (seconds, one of the histogram's).
+    fn figures(&self, name: &str, bound: &str, figures: &mut Figures, world: &World) -> Result<()> {
+        let now = Metrics::now(&world.cluster)?;
+        let more = |what: &str| -> Result<f64> {
+            let series = format!("mayfly_told_to_pod_seconds_{what}");
+            Ok(now.value(&series)? - self.0.value(&series)?)
+        };
+        let count = more("count")?;
+        figures.add(format!("{name}_message_to_pod_mean"), more("sum")? / count, "s");
+        figures.add(format!("{name}_message_to_pod_within_{bound}_s"), more(&format!("bucket{{le=\"{bound}\"}}"))? / count, "ratio");
+        Ok(())
+    }
+}
+
+/// As many pods of a runner pod's shape at once, made by this program: until half of them are there.
+async fn plain(world: &World, organization: &Organization, served: &RunnerPool, times: &Times, figures: &mut Figures) -> Result<f64> {
     let shape = slots::shape(world, organization, NAMESPACE, 1).await?;
     organization.nothing_left(world, served).await?;
     let pods: Api<Pod> = Api::namespaced(world.client.clone(), NAMESPACE);
-    times.0.lock().await.clear();
-    let began = now();
-    let create = |n: usize| {
-        let metadata = ObjectMeta { name: Some(format!("plain-{n}")), ..ObjectMeta::default() };
-        let pod = Pod { metadata, spec: Some(shape.clone()), status: None };
-        let pods = &pods;
-        async move { pods.create(&PostParams::default(), &pod).await.map(drop) }
-    };
-    futures::future::try_join_all((0..SLOTS).map(create)).await?;
-    pods.delete_collection(&DeleteParams::default().grace_period(0), &ListParams::default()).await?;
-    let lives = eventually("the plain pods are gone", PATIENCE, || async {
-        let lives = times.0.lock().await;
-        Ok((lives.len() == SLOTS && lives.values().all(|life| life.gone.is_some())).then(|| lives.clone()))
-    })
-    .await?;
-    figures.spread(&format!("plain_burst_{SLOTS}_pod_create"), lives.values().map(|life| life.seen - began).collect());
-    Ok(())
+    let mut created = Vec::new();
+    // The first time is for this program's connections.
+    for _ in 0..2 {
+        times.0.lock().await.clear();
+        let began = now();
+        let create = |n: usize| {
+            let metadata = ObjectMeta { name: Some(format!("plain-{n}")), ..ObjectMeta::default() };
+            let pod = Pod { metadata, spec: Some(shape.clone()), status: None };
+            let pods = &pods;
+            async move { pods.create(&PostParams::default(), &pod).await.map(drop) }
+        };
+        futures::future::try_join_all((0..SLOTS).map(create)).await?;
+        pods.delete_collection(&DeleteParams::default().grace_period(0), &ListParams::default()).await?;
+        created = eventually("the plain pods are gone", PATIENCE, || async {
+            let lives = times.0.lock().await;
+            let gone = lives.len() == SLOTS && lives.values().all(|life| life.gone.is_some());
+            Ok(gone.then(|| lives.values().map(|life| life.seen - began).collect()))
+        })
+        .await?;
+    }
+    // The node is still at their containers.
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    Ok(figures.spread(&format!("plain_burst_{SLOTS}_pod_create"), created))
 }
 
-async fn measure(world: &World, organization: &Organization, times: &Times, burst: usize, figures: &mut Figures) -> Result<()> {
+/// Until half of the pods of so many jobs were there, or so many as there may be at once.
+async fn measure(world: &World, organization: &Organization, times: &Times, burst: usize, figures: &mut Figures) -> Result<f64> {
     times.0.lock().await.clear();
     let audited = Audited::from_now(&world.cluster)?;
-    let before = organization.simulator.counters().await?;
+    let (before, since) = (organization.simulator.counters().await?, Told::now(world)?);
     let began = now();
     let run = organization.enqueue("linux", burst, "true").await?;
     let jobs = organization.simulator.finished(run, PATIENCE).await?;
@@ -162,11 +196,13 @@ async fn measure(world: &World, organization: &Organization, times: &Times, burs
         let life = job.runner.as_ref().and_then(|runner| lives.get(runner)).context("a job's pod was seen")?;
         gone.push(life.gone.context("a pod is gone in the end")? - time(&job.completed_at)?);
     }
-    if burst <= SLOTS {
-        // With more jobs than pods the later ones wait for the earlier.
-        figures.spread(&name("enqueue_to_pod_create"), lives.values().map(|life| life.seen - began).collect());
-    }
+    let mut created: Vec<f64> = lives.values().map(|life| life.seen - began).collect();
+    created.sort_by(f64::total_cmp);
+    // With more jobs than pods the later ones wait for the earlier.
+    created.truncate(SLOTS);
+    let created = figures.spread(&name("enqueue_to_pod_create"), created);
+    since.figures(&format!("github_burst_{burst}"), "0.1", figures, world)?;
     figures.spread(&name("queue_to_start"), start);
     figures.spread(&name("completed_to_pod_gone"), gone);
-    Ok(())
+    Ok(created)
 }

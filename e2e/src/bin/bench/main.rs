@@ -19,7 +19,7 @@ use k8s_openapi::api::core::v1::{Pod, PodSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::ResourceExt;
 use kube::api::{DeleteParams, ListParams, LogParams, PostParams};
-use mayfly_cluster::command::{output, run};
+use mayfly_cluster::command::run;
 use mayfly_cluster::{Cluster, Options, Progress};
 use mayfly_crds::RunnerPool;
 use mayfly_crds::names::{ANNOTATION_JOB, RUNNER_CONTAINER};
@@ -29,7 +29,7 @@ use mayfly_e2e::world::SYSTEM;
 use mayfly_e2e::{World, install, leak, pool};
 use serde_json::{Value, json};
 
-use measure::{Audited, Figures, Process, Times, now, per_job};
+use measure::{Audited, Figures, Metrics, Process, Times, now, per_job};
 
 /// Jobs measured one after another, and as one burst.
 const SINGLE: usize = 8;
@@ -370,14 +370,8 @@ async fn burst(stage: &Stage, served: &RunnerPool, figures: &mut Figures) -> Res
 
 /// How long the rounds of all proofs took, in seconds, and how many there were, from the operator's metrics.
 fn proofs(stage: &Stage) -> Result<(f64, f64)> {
-    let mut get = stage.world.cluster.kubectl();
-    get.args(["-n", SYSTEM, "get", "pods", "-l", "app.kubernetes.io/name=mayfly", "-o", "jsonpath={.items[0].metadata.name}"]);
-    let pod = output(&mut get)?;
-    let path = format!("/api/v1/namespaces/{SYSTEM}/pods/{}:8081/proxy/metrics", pod.trim());
-    let metrics = output(stage.world.cluster.kubectl().args(["get", "--raw", &path]))?;
-    let value =
-        |name: &str| metrics.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<f64>().ok()).with_context(|| name.to_owned());
-    Ok((value("mayfly_proof_seconds_sum ")?, value("mayfly_proof_seconds_count ")?))
+    let metrics = Metrics::now(&stage.world.cluster)?;
+    Ok((metrics.value("mayfly_proof_seconds_sum")?, metrics.value("mayfly_proof_seconds_count")?))
 }
 
 /// The operator's memory with more and more pools.

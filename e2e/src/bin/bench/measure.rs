@@ -13,6 +13,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::runtime::watcher::{Config, Event, watcher};
 use kube::{Api, ResourceExt};
 use mayfly_cluster::Cluster;
+use mayfly_cluster::command::output;
 use mayfly_e2e::wait::eventually;
 use mayfly_e2e::world::{SYSTEM, repository};
 use serde_json::{Value, json};
@@ -144,6 +145,24 @@ fn count(log: &str) -> Calls {
         *calls.entry((kind.to_owned(), format!("{verb} {resource}"))).or_insert(0) += 1;
     }
     calls
+}
+
+/// What the operator counts, at one moment.
+pub(crate) struct Metrics(String);
+
+impl Metrics {
+    pub(crate) fn now(cluster: &Cluster) -> Result<Self> {
+        let mut get = cluster.kubectl();
+        get.args(["-n", SYSTEM, "get", "pods", "-l", "app.kubernetes.io/component=controller", "-o", "jsonpath={.items[0].metadata.name}"]);
+        let path = format!("/api/v1/namespaces/{SYSTEM}/pods/{}:8081/proxy/metrics", output(&mut get)?.trim());
+        Ok(Self(output(cluster.kubectl().args(["get", "--raw", &path]))?))
+    }
+
+    /// Of a series by its whole name, labels included.
+    pub(crate) fn value(&self, name: &str) -> Result<f64> {
+        let of = |line: &str| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok();
+        self.0.lines().find_map(of).with_context(|| name.to_owned())
+    }
 }
 
 /// Ticks of the kernel's accounting in a second, on Linux.
