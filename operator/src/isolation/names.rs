@@ -5,14 +5,19 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use tokio_util::task::TaskTracker;
+
 /// How long an answer of the DNS is used before it is asked again.
 const FRESH: Duration = Duration::from_secs(10);
 /// How long it is used while the next is on its way, so that no pod waits for the DNS.
 const USED: Duration = Duration::from_secs(60);
 
 /// What the DNS said a moment ago.
-#[derive(Clone, Default)]
-pub(crate) struct Names(Arc<Mutex<HashMap<String, Known>>>);
+#[derive(Clone)]
+pub(crate) struct Names {
+    known: Arc<Mutex<HashMap<String, Known>>>,
+    tasks: TaskTracker,
+}
 
 struct Known {
     asked: Instant,
@@ -21,6 +26,11 @@ struct Known {
 }
 
 impl Names {
+    /// Knows none yet; questions that nobody waits for are among these tasks.
+    pub(crate) fn new(tasks: TaskTracker) -> Self {
+        Self { known: Arc::default(), tasks }
+    }
+
     /// The addresses of a host; nothing where the name leads nowhere.
     pub(crate) async fn find(&self, host: &str) -> Vec<IpAddr> {
         match self.known(host, Instant::now()) {
@@ -28,7 +38,7 @@ impl Names {
             Some((addresses, false)) => addresses,
             Some((addresses, true)) => {
                 let (names, host) = (self.clone(), host.to_owned());
-                tokio::spawn(async move { names.look_up(&host).await });
+                self.tasks.spawn(async move { names.look_up(&host).await });
                 addresses
             }
         }
@@ -56,7 +66,7 @@ impl Names {
     }
 
     fn all(&self) -> MutexGuard<'_, HashMap<String, Known>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -68,7 +78,7 @@ mod tests {
 
     #[tokio::test]
     async fn one_caller_asks_again_and_nobody_waits() {
-        let (names, host) = (Names::default(), "127.0.0.1");
+        let (names, host) = (Names::new(TaskTracker::new()), "127.0.0.1");
         let here = vec![IpAddr::V4(Ipv4Addr::LOCALHOST)];
         assert_eq!(names.known(host, Instant::now()), None);
         assert_eq!(names.find(host).await, here);

@@ -81,6 +81,7 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
     let bindings = configured.map(|known| bindings::start(&client, &io, &audit, &registry, known, &mut parts, &stop));
     let dialects = dialects::start(&client, &settings.cilium_namespace, &registry, &mut parts, &stop);
     let pools = stores.pools.clone();
+    let tasks = TaskTracker::new();
     let ctx = Arc::new(Context {
         io,
         http: http_client(settings.forge_ca.as_deref(), settings.forge_proxy.as_deref(), no_forge_at).context("HTTP client")?,
@@ -100,9 +101,9 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
         api_endpoints: stores.api_endpoints.clone(),
         controls: Controls::default(),
         issuer: issuer.clone(),
-        names: Names::default(),
+        names: Names::new(tasks.clone()),
         validated: Validated::default(),
-        tasks: TaskTracker::new(),
+        tasks,
         audit,
         settings,
     });

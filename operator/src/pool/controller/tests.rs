@@ -50,7 +50,7 @@ pub(crate) fn context(server: &Server, pods: &[Pod]) -> Arc<Context> {
     for pod in pods {
         writer.apply_watcher_event(&watcher::Event::Apply(pod.clone()));
     }
-    let metrics = Metrics::new();
+    let (metrics, tasks) = (Metrics::new(), TaskTracker::new());
     Arc::new(Context {
         settings: arguments.settings().expect("settings"),
         io: KubeIo::new(server.client(), None, metrics.clone()),
@@ -71,9 +71,9 @@ pub(crate) fn context(server: &Server, pods: &[Pod]) -> Arc<Context> {
         api_endpoints: reflector::store().0,
         controls: Controls::default(),
         issuer: None,
-        names: Names::default(),
+        names: Names::new(tasks.clone()),
         validated: Validated::default(),
-        tasks: TaskTracker::new(),
+        tasks,
         audit: Audit::new(Memory::default()),
     })
 }
