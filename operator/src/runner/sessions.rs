@@ -24,6 +24,8 @@ const BREAK_GLASS: &str = "BreakGlass";
 const MAX_QUESTION: usize = 2 << 20;
 /// Between two tries to tell the API server where to ask.
 const RETRY: Duration = Duration::from_secs(15);
+/// How often it is told again: a tool that replaces objects, or makes one anew, takes away what was told.
+const AGAIN: Duration = Duration::from_secs(300);
 
 /// What is read of an AdmissionReview (admission.k8s.io/v1).
 #[derive(Debug, Deserialize)]
@@ -53,11 +55,14 @@ pub(crate) fn router(ctx: Arc<Context>, path: &str) -> Router {
     Router::new().route(path, post(asked)).layer(DefaultBodyLimit::max(MAX_QUESTION)).with_state(ctx)
 }
 
-/// Tells the API server where to ask, and whom to believe there; until it is told.
+/// Tells the API server where to ask, and whom to believe there, for as long as somebody polls it.
 pub(crate) async fn announce(ctx: Arc<Context>, configuration: String, path: String, authority: String) {
-    while let Err(error) = ctx.io.point_webhook(&configuration, &path, &authority).await {
-        tracing::warn!(configuration, error = error.message(), "break-glass use will not be told as events yet");
-        tokio::time::sleep(RETRY).await;
+    loop {
+        let told = ctx.io.point_webhook(&configuration, &path, &authority).await;
+        if let Err(error) = &told {
+            tracing::warn!(configuration, error = error.message(), "break-glass use will not be told as events yet");
+        }
+        tokio::time::sleep(if told.is_ok() { AGAIN } else { RETRY }).await;
     }
 }
 
@@ -89,6 +94,22 @@ fn use_of(ctx: &Context, request: &Request) -> Option<(PoolKey, String, String)>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kube_io::scripted::{Answer, Server};
+    use crate::pool::context;
+
+    #[tokio::test(start_paused = true)]
+    async fn the_api_server_is_told_until_it_hears_and_every_five_minutes() {
+        let told = || Answer::Object(json!({"metadata": {"name": "glass"}}));
+        let server = Server::new([Answer::Refusal(404, "NotFound"), told(), told()]);
+        let announce = announce(context(&server, &[]), "glass".to_owned(), "/v1/x".to_owned(), "PEM".to_owned());
+        let until = RETRY + AGAIN + Duration::from_secs(1);
+        assert!(tokio::time::timeout(until, announce).await.is_err(), "it never ends");
+        let calls = server.calls();
+        assert_eq!(calls.len(), 3);
+        let wanted = "PATCH /apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations/glass";
+        assert!(calls.iter().all(|call| call.what == wanted && call.body == calls[0].body), "{calls:?}");
+        assert_eq!(calls[0].body["webhooks"][0]["clientConfig"], json!({"caBundle": "UEVN", "service": {"path": "/v1/x"}}));
+    }
 
     #[test]
     fn what_the_api_server_asks_is_read() {

@@ -113,7 +113,7 @@ pub(crate) async fn run_controller(mut settings: Settings) -> Result<()> {
     }
     serve_tls(&mut parts, "gate", ctx.settings.gate_address, gates, gate_tls, &stop).await?;
     if let Some(configuration) = ctx.settings.break_glass_webhook.clone() {
-        // Nobody but the API server trusts it, and is told anew at every start.
+        // Nobody but the API server trusts it, and is told anew at every start and every few minutes.
         let (tls, _) = tls::generate(std::slice::from_ref(&ctx.settings.admission_name))?;
         let path = format!("/v1/break-glass/{:032x}", rand::random::<u128>());
         let announce = sessions::announce(ctx.clone(), configuration, path.clone(), tls.authority.clone());
