@@ -207,7 +207,7 @@ impl Organization {
     /// When something stays; it is named.
     pub async fn nothing_left(&self, world: &World, of: &RunnerPool) -> Result<()> {
         let (namespace, name) = (of.namespace().unwrap_or_default(), of.name_any());
-        eventually(format!("nothing left of {namespace}/{name}"), Duration::from_secs(60), || async {
+        eventually(format!("nothing left of {namespace}/{name}"), PATIENCE, || async {
             let (pods, runners) = (pool::pods(world, &namespace, &name).await?, self.registrations(of).await?);
             ensure!(pods.is_empty() && runners.is_empty(), "{} pod(s), registrations {runners:?}", pods.len());
             Ok(Some(()))
@@ -247,10 +247,7 @@ impl Stage {
     pub async fn pool(&self, change: impl FnOnce(&mut Value)) -> Result<RunnerPool> {
         let applied = pool::apply(&self.world, &self.organization.manifest(&self.namespace, POOL, change)).await?;
         pool::condition(&self.world, &self.namespace, POOL, "Ready", "True").await?;
-        eventually("the pool's first proof", PATIENCE, || async {
-            Ok((!self.status().await?.isolation.is_empty() && self.pods().await?.is_empty()).then_some(()))
-        })
-        .await?;
+        pool::first_proof(&self.world, &self.namespace, POOL, 0).await?;
         Ok(applied)
     }
 

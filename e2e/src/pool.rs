@@ -1,9 +1,8 @@
 //! Pools, and what belongs to them, for the demo and the tests.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use k8s_openapi::ByteString;
 use k8s_openapi::api::core::v1::{Namespace, Pod, Secret};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -17,6 +16,7 @@ use serde_json::{Value, json};
 
 use crate::World;
 use crate::forge::Organization;
+use crate::stage::PATIENCE;
 use crate::wait::eventually;
 use crate::world::SYSTEM;
 
@@ -141,7 +141,7 @@ pub fn pools(world: &World, namespace: &str) -> Api<RunnerPool> {
 /// When it does not get so.
 pub async fn condition(world: &World, namespace: &str, name: &str, type_: &str, status: &str) -> Result<(String, String)> {
     let pools = pools(world, namespace);
-    eventually(format!("condition {type_}={status} of RunnerPool {namespace}/{name}"), Duration::from_secs(60), || async {
+    eventually(format!("condition {type_}={status} of RunnerPool {namespace}/{name}"), PATIENCE, || async {
         let conditions = pools.get_status(name).await?.status.unwrap_or_default().conditions;
         let found = conditions.into_iter().find(|condition| condition.type_ == type_ && condition.status == status);
         Ok(found.map(|condition| (condition.reason, condition.message)))
@@ -179,13 +179,38 @@ pub fn registrations(forge: &Forge, organization: &str, pool: &RunnerPool) -> Re
 /// When something stays; it is named.
 pub async fn nothing_left(world: &World, organization: &str, pool: &RunnerPool) -> Result<()> {
     let (namespace, name) = (pool.namespace().unwrap_or_default(), pool.name_any());
-    eventually(format!("nothing left of {namespace}/{name}"), Duration::from_secs(60), || async {
+    eventually(format!("nothing left of {namespace}/{name}"), PATIENCE, || async {
         let pods = pods(world, &namespace, &name).await?;
         let runners = registrations(&world.forge, organization, pool)?;
         anyhow::ensure!(pods.is_empty() && runners.is_empty(), "{} pod(s), {} registration(s)", pods.len(), runners.len());
         Ok(Some(()))
     })
     .await
+}
+
+/// Waits until a pool that was made just now has tried its isolation: it makes a pod for that alone, which goes. `warm` pods stay.
+///
+/// # Errors
+/// When it has not; it tells how far it is.
+pub async fn first_proof(world: &World, namespace: &str, name: &str, warm: usize) -> Result<()> {
+    eventually("the pool's first proof", PATIENCE, || async {
+        let status = pools(world, namespace).get_status(name).await?.status.unwrap_or_default();
+        let pods = pods(world, namespace, name).await?;
+        if !status.isolation.is_empty() && pods.len() <= warm {
+            return Ok(Some(()));
+        }
+        let pods: Vec<String> = pods.iter().map(far).collect();
+        bail!("found on {} node(s); pods: {pods:?}; last failure: {:?}", status.isolation.len(), status.last_failure)
+    })
+    .await
+}
+
+/// How far a pod is.
+fn far(pod: &Pod) -> String {
+    let meta = &pod.metadata;
+    let status = serde_json::to_value(&pod.status).unwrap_or_default();
+    let parts = ["phase", "conditions", "initContainerStatuses", "containerStatuses"].map(|part| &status[part]);
+    format!("{} made {:?}, leaving {:?}: {parts:?}", pod.name_any(), meta.creation_timestamp, meta.deletion_timestamp)
 }
 
 /// Deletes a pool and waits until it is gone.
@@ -199,10 +224,8 @@ pub async fn delete(world: &World, namespace: &str, name: &str) -> Result<()> {
         Err(kube::Error::Api(status)) if status.is_not_found() => return Ok(()),
         Err(error) => return Err(error.into()),
     }
-    eventually(format!("RunnerPool {namespace}/{name} gone"), Duration::from_secs(90), || async {
-        Ok(pools.get_opt(name).await?.is_none().then_some(()))
-    })
-    .await
+    eventually(format!("RunnerPool {namespace}/{name} gone"), PATIENCE, || async { Ok(pools.get_opt(name).await?.is_none().then_some(())) })
+        .await
 }
 
 fn params() -> PatchParams {

@@ -24,7 +24,7 @@ use crate::world::SYSTEM;
 use crate::{World, install, pool};
 
 /// Longest time a step of a job's life may take in a test, on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(90);
+pub const PATIENCE: Duration = Duration::from_secs(180);
 /// Name of the policy that opens everything.
 const OPEN: &str = "open-wide";
 /// Name of the pool of a stage.
@@ -44,7 +44,7 @@ pub struct Stage {
     _turn: Turn,
 }
 
-/// The operator and its CRDs are shared: whoever disturbs them does so alone.
+/// The operator, its CRDs and the node's time are shared: whoever disturbs them does so alone.
 static OPERATOR: LazyLock<Arc<RwLock<()>>> = LazyLock::new(Arc::default);
 
 enum Turn {
@@ -72,7 +72,8 @@ impl Stage {
         Self::set_in(name, turn).await
     }
 
-    /// Sets a stage for a test that disturbs what all share, the operator or its CRDs: no other test of this program runs meanwhile.
+    /// Sets a stage for a test that disturbs what all share, the operator, its CRDs or the node's time: no other test of this program
+    /// runs meanwhile.
     ///
     /// # Errors
     /// When the cluster is not up or the operator not installed.
@@ -97,12 +98,7 @@ impl Stage {
     pub async fn pool(&self, change: impl FnOnce(&mut Value)) -> Result<RunnerPool> {
         let applied = self.unready_pool(change).await?;
         pool::condition(&self.world, &self.namespace, POOL, "Ready", "True").await?;
-        // A new pool makes a pod for the sake of the proof alone.
-        eventually("the pool's first proof", PATIENCE, || async {
-            let warm = applied.spec.scale.warm as usize;
-            Ok((!self.status().await?.isolation.is_empty() && self.pods().await?.len() <= warm).then_some(()))
-        })
-        .await?;
+        pool::first_proof(&self.world, &self.namespace, POOL, applied.spec.scale.warm as usize).await?;
         Ok(applied)
     }
 

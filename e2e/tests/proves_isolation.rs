@@ -314,10 +314,11 @@ async fn redirect(stage: &Stage, name: &str, address: &str, port: u16) -> Result
     Ok(SocketAddr::from((ip.as_str().context("a ClusterIP")?.parse::<IpAddr>()?, 80)))
 }
 
-/// Pods of a runner's shape whose very first instruction connects to an address that is closed to them.
+/// Pods of a runner's shape whose very first instruction connects to an address that is closed to them. So many starts take the whole
+/// node: other tests' pods would start several times slower beside them.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_leak_at_start() -> Result<()> {
-    let stage = Stage::set("leak").await?;
+    let stage = Stage::set_alone("leak").await?;
     let pool = stage.pool(|_| {}).await?;
     stage.hook()?;
     let control = leak::control(&stage).await?;

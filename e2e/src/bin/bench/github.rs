@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use k8s_openapi::api::core::v1::Pod;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{DeleteParams, ListParams, PostParams};
 use kube::{Api, ResourceExt};
 use mayfly_crds::RunnerPool;
@@ -140,13 +139,7 @@ async fn plain(world: &World, organization: &Organization, served: &RunnerPool, 
     for _ in 0..2 {
         times.0.lock().await.clear();
         let began = now();
-        let create = |n: usize| {
-            let metadata = ObjectMeta { name: Some(format!("plain-{n}")), ..ObjectMeta::default() };
-            let pod = Pod { metadata, spec: Some(shape.clone()), status: None };
-            let pods = &pods;
-            async move { pods.create(&PostParams::default(), &pod).await.map(drop) }
-        };
-        futures::future::try_join_all((0..SLOTS).map(create)).await?;
+        futures::future::try_join_all((0..SLOTS).map(|n| slots::create(&pods, &shape, n))).await?;
         pods.delete_collection(&DeleteParams::default().grace_period(0), &ListParams::default()).await?;
         created = eventually("the plain pods are gone", PATIENCE, || async {
             let lives = times.0.lock().await;

@@ -90,18 +90,20 @@ pub(crate) async fn shape(world: &World, organization: &Organization, namespace:
     Ok(shape)
 }
 
+/// One pod of this shape that is nobody's.
+pub(crate) async fn create(api: &Api<Pod>, shape: &PodSpec, n: usize) -> kube::Result<Pod> {
+    let metadata = ObjectMeta { name: Some(format!("plain-{n}")), ..ObjectMeta::default() };
+    api.create(&PostParams::default(), &Pod { metadata, spec: Some(shape.clone()), status: None }).await
+}
+
 /// So many pods at a time, each deleted when its program has ended.
 async fn plain(world: &World, shape: &PodSpec) -> Result<()> {
     let api: Api<Pod> = Api::namespaced(world.client.clone(), NAMESPACE);
-    let create = async |n: usize| {
-        let metadata = ObjectMeta { name: Some(format!("plain-{n}")), ..ObjectMeta::default() };
-        api.create(&PostParams::default(), &Pod { metadata, spec: Some(shape.clone()), status: None }).await
-    };
     let mut events = watcher(api.clone(), Config::default()).boxed();
     let (mut begun, mut gone) = (0, 0);
     while gone < JOBS {
         while begun < JOBS && begun - gone < SLOTS {
-            create(begun).await?;
+            create(&api, shape, begun).await?;
             begun += 1;
         }
         let event = tokio::time::timeout(PATIENCE, events.try_next()).await?.context("a watch")?;
