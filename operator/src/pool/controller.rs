@@ -295,6 +295,8 @@ async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
         Err(invalid) => (RunnerPoolStatus::default(), Err(format!("the object cannot be read: {}", invalid.error))),
     };
     record_spec(ctx, guarded, &handle, stored.observed_generation);
+    // Of an invalid pool as well: what was told while it is one is not what a later pass is for.
+    let told_at = handle.take_told();
     let pool = match valid {
         Ok(pool) => pool,
         Err(why) => {
@@ -317,7 +319,7 @@ async fn serve(guarded: &Guarded, ctx: &Arc<Context>) -> Result<Action, Error> {
     {
         let nodes = pool_nodes(&ctx.nodes.state(), &ctx.daemon_sets.state(), &pool.spec.runner);
         let mut state = handle.state();
-        state.told_at = handle.take_told();
+        state.told_at = told_at;
         state.enforcement = pool.spec.isolation.enforcement;
         state.job_issuer = pool.spec.job_identity.issuer;
         state.nodes = nodes;

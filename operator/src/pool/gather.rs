@@ -254,18 +254,7 @@ async fn adopt(ctx: &Context, pool: &Pool, handle: &PoolHandle, forge: &Arc<dyn 
                 // What the pod says was written by this operator, and by nobody else.
                 forge.remember(Job { runner: Some(runner.name.clone()), runner_id: Some(runner.key.id), ..job });
             }
-            let found = Registered {
-                key: runner.key,
-                meant_for: None,
-                since: ctx.now(),
-                job: None,
-                accepted: false,
-                paused: None,
-                done: false,
-                lost: false,
-                credential: None,
-            };
-            handle.state().registered.insert(runner.name, found);
+            handle.state().registered.insert(runner.name, Registered::found(runner.key, ctx.now()));
         } else {
             forge.deregister(&runner.key).await?;
             tracing::info!(pool = %pool.key, runner = runner.name, "removed a registration without a pod");

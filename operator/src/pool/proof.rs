@@ -495,17 +495,7 @@ pub(super) mod tests {
     fn runner(since: Timestamp) -> crate::pool::registry::Registered {
         let repository = crate::forge::Repository::parse("acme/web").expect("a repository");
         let key = crate::forge::RunnerKey { repository: Some(repository), id: 1 };
-        crate::pool::registry::Registered {
-            key,
-            meant_for: None,
-            since,
-            job: None,
-            accepted: false,
-            paused: None,
-            done: false,
-            lost: false,
-            credential: None,
-        }
+        crate::pool::registry::Registered::found(key, since)
     }
 
     fn asked(enforcement: Enforcement) -> PoolState {

@@ -107,6 +107,13 @@ pub(crate) struct Registered {
     pub(crate) credential: Option<Secret>,
 }
 
+impl Registered {
+    /// One that the forge knows, and of which no more is known yet.
+    pub(crate) fn found(key: RunnerKey, since: Timestamp) -> Self {
+        Self { key, meant_for: None, since, job: None, accepted: false, paused: None, done: false, lost: false, credential: None }
+    }
+}
+
 /// The forge of a pool, with the inputs it was made from.
 #[derive(Clone, Debug)]
 pub(crate) struct Link {
@@ -367,17 +374,7 @@ impl PoolHandle {
     pub(crate) fn registered(&self, pod: &str, key: RunnerKey, credential: Secret, now: Timestamp) {
         let mut state = self.state();
         let meant_for = state.spawned.remove(pod).and_then(|spawned| spawned.registering);
-        let runner = Registered {
-            key,
-            meant_for,
-            since: now,
-            job: None,
-            accepted: false,
-            paused: None,
-            done: false,
-            lost: false,
-            credential: Some(credential),
-        };
+        let runner = Registered { meant_for, credential: Some(credential), ..Registered::found(key, now) };
         state.registered.insert(pod.to_owned(), runner);
         state.start_failures = 0;
         state.not_before = None;
