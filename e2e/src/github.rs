@@ -207,7 +207,7 @@ impl Organization {
     /// When something stays; it is named.
     pub async fn nothing_left(&self, world: &World, of: &RunnerPool) -> Result<()> {
         let (namespace, name) = (of.namespace().unwrap_or_default(), of.name_any());
-        eventually(format!("nothing left of {namespace}/{name}"), PATIENCE, || async {
+        eventually(format!("nothing left of {namespace}/{name}"), Duration::from_secs(60), || async {
             let (pods, runners) = (pool::pods(world, &namespace, &name).await?, self.registrations(of).await?);
             ensure!(pods.is_empty() && runners.is_empty(), "{} pod(s), registrations {runners:?}", pods.len());
             Ok(Some(()))

@@ -1,8 +1,9 @@
 //! Pools, and what belongs to them, for the demo and the tests.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use k8s_openapi::ByteString;
 use k8s_openapi::api::core::v1::{Namespace, Pod, Secret};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -141,7 +142,7 @@ pub fn pools(world: &World, namespace: &str) -> Api<RunnerPool> {
 /// When it does not get so.
 pub async fn condition(world: &World, namespace: &str, name: &str, type_: &str, status: &str) -> Result<(String, String)> {
     let pools = pools(world, namespace);
-    eventually(format!("condition {type_}={status} of RunnerPool {namespace}/{name}"), PATIENCE, || async {
+    eventually(format!("condition {type_}={status} of RunnerPool {namespace}/{name}"), Duration::from_secs(60), || async {
         let conditions = pools.get_status(name).await?.status.unwrap_or_default().conditions;
         let found = conditions.into_iter().find(|condition| condition.type_ == type_ && condition.status == status);
         Ok(found.map(|condition| (condition.reason, condition.message)))
@@ -179,10 +180,10 @@ pub fn registrations(forge: &Forge, organization: &str, pool: &RunnerPool) -> Re
 /// When something stays; it is named.
 pub async fn nothing_left(world: &World, organization: &str, pool: &RunnerPool) -> Result<()> {
     let (namespace, name) = (pool.namespace().unwrap_or_default(), pool.name_any());
-    eventually(format!("nothing left of {namespace}/{name}"), PATIENCE, || async {
+    eventually(format!("nothing left of {namespace}/{name}"), Duration::from_secs(60), || async {
         let pods = pods(world, &namespace, &name).await?;
         let runners = registrations(&world.forge, organization, pool)?;
-        anyhow::ensure!(pods.is_empty() && runners.is_empty(), "{} pod(s), {} registration(s)", pods.len(), runners.len());
+        ensure!(pods.is_empty() && runners.is_empty(), "{} pod(s), {} registration(s)", pods.len(), runners.len());
         Ok(Some(()))
     })
     .await
@@ -191,16 +192,21 @@ pub async fn nothing_left(world: &World, organization: &str, pool: &RunnerPool) 
 /// Waits until a pool that was made just now has tried its isolation: it makes a pod for that alone, which goes. `warm` pods stay.
 ///
 /// # Errors
-/// When it has not; it tells how far it is.
+/// When it has not, or the pod stays; the pods say how far they are.
 pub async fn first_proof(world: &World, namespace: &str, name: &str, warm: usize) -> Result<()> {
     eventually("the pool's first proof", PATIENCE, || async {
         let status = pools(world, namespace).get_status(name).await?.status.unwrap_or_default();
-        let pods = pods(world, namespace, name).await?;
-        if !status.isolation.is_empty() && pods.len() <= warm {
+        if !status.isolation.is_empty() {
             return Ok(Some(()));
         }
-        let pods: Vec<String> = pods.iter().map(far).collect();
-        bail!("found on {} node(s); pods: {pods:?}; last failure: {:?}", status.isolation.len(), status.last_failure)
+        let pods: Vec<String> = pods(world, namespace, name).await?.iter().map(far).collect();
+        bail!("last failure: {:?}; pods: {pods:?}", status.last_failure)
+    })
+    .await?;
+    eventually("the pod of the pool's first proof gone", PATIENCE, || async {
+        let pods = pods(world, namespace, name).await?;
+        ensure!(pods.len() <= warm, "{:?}", pods.iter().map(far).collect::<Vec<_>>());
+        Ok(Some(()))
     })
     .await
 }
@@ -224,8 +230,10 @@ pub async fn delete(world: &World, namespace: &str, name: &str) -> Result<()> {
         Err(kube::Error::Api(status)) if status.is_not_found() => return Ok(()),
         Err(error) => return Err(error.into()),
     }
-    eventually(format!("RunnerPool {namespace}/{name} gone"), PATIENCE, || async { Ok(pools.get_opt(name).await?.is_none().then_some(())) })
-        .await
+    eventually(format!("RunnerPool {namespace}/{name} gone"), Duration::from_secs(90), || async {
+        Ok(pools.get_opt(name).await?.is_none().then_some(()))
+    })
+    .await
 }
 
 fn params() -> PatchParams {

@@ -24,7 +24,7 @@ use crate::world::SYSTEM;
 use crate::{World, install, pool};
 
 /// Longest time a step of a job's life may take in a test, on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(180);
+pub const PATIENCE: Duration = Duration::from_secs(90);
 /// Name of the policy that opens everything.
 const OPEN: &str = "open-wide";
 /// Name of the pool of a stage.
